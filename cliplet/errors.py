@@ -1,0 +1,70 @@
+"""Everything cliplet raises on purpose, and the exit code each ends with.
+
+    ClipletError              1  catch this one to catch them all
+    ├── UsageError            2  what a user asked cannot be done as asked
+    ├── DataError             1  what a file holds is not what it should hold
+    ├── EnvironmentError_     1  what this machine lacks: a library, a right, space on a disk
+    ├── ParityError           3  an exported graph does not agree with its original
+    ├── ArtifactError         1  a bundle is incomplete, changed or made by another version
+    └── ObjectiveError        4  an error rate or a latency objective was exceeded
+
+Every message has up to three parts: what happened, what was expected, and the one command that mends it.
+"""
+
+from __future__ import annotations
+
+
+class ClipletError(Exception):
+    """Base of all errors that cliplet raises on purpose.
+
+    Args:
+        happened: what happened, with the value that was received.
+        expected: what was expected instead.
+        fix: the one command or step that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, happened: str, expected: str = "", fix: str = "") -> None:
+        super().__init__(happened, expected, fix)
+        self.happened = happened
+        self.expected = expected
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.happened]
+        if self.expected:
+            lines.append(f"expected: {self.expected}")
+        if self.fix:
+            lines.append(f"fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(ClipletError):
+    """What a user asked cannot be done as asked."""
+
+    exit_code = 2
+
+
+class DataError(ClipletError):
+    """What a file holds is not what it should hold."""
+
+
+class EnvironmentError_(ClipletError):
+    """What this machine lacks: a library, a right, space on a disk."""
+
+
+class ParityError(ClipletError):
+    """An exported graph does not agree with its original."""
+
+    exit_code = 3
+
+
+class ArtifactError(ClipletError):
+    """A bundle is incomplete, changed or made by another version."""
+
+
+class ObjectiveError(ClipletError):
+    """An error rate or a latency objective was exceeded."""
+
+    exit_code = 4

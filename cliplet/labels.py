@@ -1,0 +1,294 @@
+"""The labels of a collection on disk: one row for every image, or one error.
+
+    OUT/run.json                  what the job was: its fingerprint, classes, thresholds, versions
+    OUT/labels/part-000000.parquet   path, width, height, labels, scores, model, seconds
+    OUT/errors.parquet            path, stage, reason
+
+A file is written under a temporary name, flushed to the disk and renamed, so a reader never sees half of
+one. Parts are written before the errors that belong to the same batches; after a kill between the two, the
+inputs whose error was lost are simply tried again. A path that stands in both tables (a retry that
+succeeded just before a kill) counts as labelled.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cliplet.errors import ArtifactError, DataError, EnvironmentError_, UsageError
+
+LABELS_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("labels", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),
+        ("model", pa.string()),
+        ("seconds", pa.float32()),
+    ]
+)
+ERRORS_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+RUN_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    """What one image was labelled with.
+
+    Attributes:
+        path: the image as the user named it.
+        width, height: pixels of the image as it is displayed (after EXIF rotation).
+        labels: names of the classes at or above their threshold, best first.
+        scores: float32 [C], in the order of the vocabulary.
+        model: the model that scored it.
+        seconds: this image's share of the time its batch took in the engine.
+    """
+
+    path: str
+    width: int
+    height: int
+    labels: tuple[str, ...]
+    scores: np.ndarray
+    model: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """Why one input has no labels: the stage that failed (`read`, `decode`, `infer`) and the reason."""
+
+    path: str
+    stage: str
+    reason: str
+
+
+class LabelStore:
+    """The folder that one labelling job writes; a context manager that lets one writer in at a time.
+
+    Raises:
+        UsageError: the folder belongs to a job with another fingerprint, or another run is writing it.
+        EnvironmentError_: the folder cannot be created or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+
+    @property
+    def parts_folder(self) -> Path:
+        return self.folder / "labels"
+
+    @property
+    def errors_file(self) -> Path:
+        return self.folder / "errors.parquet"
+
+    @property
+    def run_file(self) -> Path:
+        return self.folder / "run.json"
+
+    def __enter__(self) -> LabelStore:
+        with explained_os_errors(self.folder):
+            self.parts_folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(
+                f"another run is writing to {self.folder}",
+                "one run at a time in one output folder",
+                "wait for it to end, or give this run its own folder with --out",
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def begin(self, run: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Start the job `run`, or continue it if the folder already holds one with the same fingerprint."""
+        if overwrite:
+            self._clear()
+        elif self.run_file.exists():
+            self._refuse_other_job(run["fingerprint"])
+            return
+        write_atomically(self.run_file, json.dumps(run, indent=2, ensure_ascii=False).encode())
+
+    def _clear(self) -> None:
+        for part in self.parts_folder.glob("part-*"):
+            part.unlink()
+        self.errors_file.unlink(missing_ok=True)
+        self.run_file.unlink(missing_ok=True)
+
+    def _refuse_other_job(self, fingerprint: dict[str, Any]) -> None:
+        before = read_run(self.folder)["fingerprint"]
+        changed = sorted(k for k in fingerprint.keys() | before.keys() if fingerprint.get(k) != before.get(k))
+        if changed:
+            what = "; ".join(
+                f"{k}: {_short(before.get(k))} then, {_short(fingerprint.get(k))} now" for k in changed
+            )
+            raise UsageError(
+                f"{self.folder} holds the labels of another job ({what})",
+                "the same inputs, model, classes and options, which would continue that job",
+                "choose another --out, or replace what is there with --overwrite",
+            )
+
+    def write_part(self, records: Sequence[LabelRecord]) -> Path:
+        """Write the rows of one part; returns its path."""
+        columns = [
+            [r.path for r in records],
+            [r.width for r in records],
+            [r.height for r in records],
+            [list(r.labels) for r in records],
+            [np.asarray(r.scores, np.float32) for r in records],
+            [r.model for r in records],
+            [r.seconds for r in records],
+        ]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, LABELS_SCHEMA, strict=True)]
+        existing = sorted(self.parts_folder.glob("part-*.parquet"))
+        number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
+        path = self.parts_folder / f"part-{number:06d}.parquet"
+        _write_table(path, pa.Table.from_arrays(arrays, schema=LABELS_SCHEMA))
+        return path
+
+    def write_errors(self, errors: Sequence[ErrorRecord]) -> None:
+        """Replace the table of errors."""
+        columns = [[e.path for e in errors], [e.stage for e in errors], [e.reason for e in errors]]
+        arrays = [pa.array(c, pa.string()) for c in columns]
+        _write_table(self.errors_file, pa.Table.from_arrays(arrays, schema=ERRORS_SCHEMA))
+
+    def labelled_paths(self) -> set[str]:
+        """Paths of all rows written so far. Leftovers of a killed run are removed on the way."""
+        for leftover in [*self.parts_folder.glob("*.tmp"), *self.folder.glob("*.tmp")]:
+            leftover.unlink()
+        return {
+            path
+            for part in sorted(self.parts_folder.glob("part-*.parquet"))
+            for path in _read_table(part, columns=["path"]).column("path").to_pylist()
+        }
+
+    def errors(self, labelled: set[str]) -> list[ErrorRecord]:
+        """Errors written so far, without those of paths that were `labelled` since."""
+        return [e for e in read_errors(self.folder) if e.path not in labelled]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder of labels.
+
+    Raises:
+        DataError: the folder holds no labels.
+        ArtifactError: they were written by a version with another layout.
+    """
+    file = folder / "run.json"
+    if not file.exists():
+        raise DataError(
+            f"no labels in {folder}: {file.name} is missing",
+            "a folder that `cliplet label` wrote",
+            f"cliplet label IMAGES --out {folder}",
+        )
+    run: dict[str, Any] = json.loads(file.read_text())
+    if run.get("schema") != RUN_SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{file} has schema {run.get('schema')}",
+            f"schema {RUN_SCHEMA_VERSION}",
+            "label again with --overwrite",
+        )
+    return run
+
+
+def read_labels(folder: Path) -> Iterator[LabelRecord]:
+    """All rows of a folder of labels, part by part, so that memory does not grow with the collection."""
+    for part in sorted((folder / "labels").glob("part-*.parquet")):
+        for batch in _read_table(part).to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                scores = np.asarray(row.pop("scores"), np.float32)
+                yield LabelRecord(**{**row, "labels": tuple(row["labels"]), "scores": scores})
+
+
+def read_errors(folder: Path) -> list[ErrorRecord]:
+    """All rows of a folder's errors.parquet; none if there is no such file."""
+    file = folder / "errors.parquet"
+    if not file.exists():
+        return []
+    return [ErrorRecord(**row) for row in _read_table(file).to_pylist()]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explained_os_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class explained_os_errors:
+    """Context in which the system's refusal to write becomes an `EnvironmentError_` that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EnvironmentError_(
+                f"no space left while writing {self.path} ({error.strerror})",
+                "room for the output; what was written before is whole and kept",
+                "free some space, then run the same command again to continue",
+            ) from error
+        raise EnvironmentError_(
+            f"cannot write {self.path}: {error.strerror or error}",
+            "a folder that can be created and written",
+            "choose another --out",
+        ) from error
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue())
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"cannot read {path}: {error}",
+            "a whole Parquet file",
+            "remove that file and run the same `cliplet label` again: its images are labelled anew",
+        ) from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"

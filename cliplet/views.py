@@ -1,0 +1,238 @@
+"""Where to look in an image (all of it, cells of n x n grids, boxes of one's own) and how views become a score.
+
+Only geometry, in numpy; `cliplet.snippets` cuts and scores what lies in the boxes.
+
+Legend: B images, V views, H x W canvas pixels. A box is (x0, y0, x1, y1) in canvas pixels, where the
+canvas is the array that holds an image in its upper left corner.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cliplet.errors import ArtifactError, UsageError
+
+# No side of a canvas is longer: images are shrunk to fit when they are decoded.
+MAX_CANVAS = 640
+# Pixels that a canvas offers for each pixel of a view's side. Below about 2, shrinking twice (to the canvas,
+# then to the view) is visible in the features.
+OVERSAMPLING = 2
+# Canvas sides are multiples of this, so that an engine meets few different shapes.
+CANVAS_STEP = 32
+RESIZE_MODES = ("shortest", "longest", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+AGGREGATIONS = ("cdul", "max", "mean")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an encoder wants to be fed; open_clip's own words and numbers.
+
+    Attributes:
+        size: side S of the square input, in pixels.
+        mean, std: of RGB values in 0..1.
+        interpolation: `bicubic` or `bilinear`, always antialiased.
+        resize_mode: how the whole image becomes a square: `shortest` cuts the middle square out, `squash`
+            ignores the aspect, `longest` pads with `fill`.
+        fill: value in 0..255 of the padding.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resize_mode not in RESIZE_MODES or self.interpolation not in INTERPOLATIONS:
+            raise ArtifactError(
+                f"preprocessing with resize mode {self.resize_mode!r} and interpolation {self.interpolation!r}",
+                f"one of {RESIZE_MODES} and one of {INTERPOLATIONS}",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        return cls(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of every image are scored: the whole image first, then the cells of each grid, row by row.
+
+    `Views.parse("1+3x3")` is the whole image and nine cells. Cells tile the full image and are squashed
+    to the encoder's square, so that no part of the image is left unseen.
+    """
+
+    grids: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Views:
+        """Views as written on a command line: `1`, `1+2x2`, `1+3x3`, `1+2x2+3x3+4x4`.
+
+        Raises:
+            UsageError: anything else.
+        """
+        whole, *grids = text.replace(" ", "").lower().split("+")
+        sides = [re.fullmatch(r"([2-9])x([2-9])", g) for g in grids]
+        if whole not in ("1", "1x1") or not all(m and m[1] == m[2] for m in sides):
+            raise UsageError(
+                f"views {text!r}",
+                "the whole image and square grids of 2x2 to 9x9 cells, such as 1, 1+2x2, 1+3x3 or 1+2x2+3x3+4x4",
+                "--views 1+3x3",
+            )
+        return cls(tuple(int(m[1]) for m in sides if m))
+
+    def __str__(self) -> str:
+        return "+".join(["1", *(f"{n}x{n}" for n in self.grids)])
+
+    @property
+    def count(self) -> int:
+        """Number of views V of an image."""
+        return 1 + sum(n * n for n in self.grids)
+
+    def boxes(self, width: int, height: int, preprocessing: Preprocessing) -> np.ndarray:
+        """Boxes float32 [V, 4] for an image of `width` x `height` pixels."""
+        rows = [whole_image_box(width, height, preprocessing)]
+        for n in self.grids:
+            xs = np.linspace(0, width, n + 1)
+            ys = np.linspace(0, height, n + 1)
+            rows += [(xs[j], ys[i], xs[j + 1], ys[i + 1]) for i in range(n) for j in range(n)]
+        return np.asarray(rows, np.float32)
+
+    def fit(self, preprocessing: Preprocessing) -> int:
+        """Longest side in pixels to which images may be shrunk without starving the smallest view."""
+        finest = max(self.grids, default=1)
+        return min(MAX_CANVAS, OVERSAMPLING * finest * preprocessing.size)
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the probabilities of an image's views become one score a class.
+
+    Attributes:
+        kind: `cdul`: half of the whole image's probability plus half of the local views' aggregate (their
+            largest probability where that reaches `zeta`, else their smallest; CDUL, equations 5 and 6).
+            `max`: the largest of all views. `mean`: their mean.
+        zeta: the threshold of `cdul`.
+    """
+
+    kind: str = "cdul"
+    zeta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in AGGREGATIONS or not 0 <= self.zeta <= 1:
+            raise UsageError(
+                f"aggregation {self.kind!r} with zeta {self.zeta}",
+                f"one of {', '.join(AGGREGATIONS)}, and zeta between 0 and 1",
+                "--aggregate cdul --zeta 0",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def whole_image_box(
+    width: int, height: int, preprocessing: Preprocessing
+) -> tuple[float, float, float, float]:
+    """The part of the image that open_clip's own transform would show the encoder, as a box.
+
+    In `shortest` mode that is the middle square, found like torchvision does: the longer side is shrunk to a
+    whole number of pixels, and the crop begins at a rounded one.
+    """
+    if preprocessing.resize_mode != "shortest":
+        return (0.0, 0.0, float(width), float(height))
+    size = preprocessing.size
+    shorter, longer = sorted((width, height))
+    resized = max(size, int(size * longer / shorter))
+    step = longer / resized
+    begin = round((resized - size) / 2) * step
+    middle = (begin, begin + size * step)
+    if width >= height:
+        return (middle[0], 0.0, middle[1], float(height))
+    return (0.0, middle[0], float(width), middle[1])
+
+
+def place_on_canvas(
+    pictures: Sequence[np.ndarray],
+    views: Views,
+    preprocessing: Preprocessing,
+    boxes: Sequence[np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Feeds of the `snippets` graph for images uint8 [h, w, 3] of any sizes.
+
+    Args:
+        boxes: float32 [v, 4] of one's own for each image, in its pixels, scored after the whole image in
+            place of the grids. Images with fewer boxes than the longest list repeat their last one, which
+            changes no maximum and no minimum.
+
+    Returns:
+        `image` uint8 [B, H, W, 3] and `boxes` float32 [B, V, 4].
+
+    Raises:
+        UsageError: the images and the lists of boxes are not equally many, or a box is empty.
+    """
+    offsets = [_letterbox_offset(p.shape[1], p.shape[0], preprocessing) for p in pictures]
+    height = max(p.shape[0] + 2 * dy for p, (_, dy) in zip(pictures, offsets, strict=True))
+    width = max(p.shape[1] + 2 * dx for p, (dx, _) in zip(pictures, offsets, strict=True))
+    shape = (len(pictures), _round_up(height), _round_up(width), 3)
+    canvas = np.full(shape, preprocessing.fill, np.uint8)
+    per_image = _own_boxes(pictures, views, preprocessing, boxes)
+    for i, (picture, (dx, dy)) in enumerate(zip(pictures, offsets, strict=True)):
+        h, w = picture.shape[:2]
+        canvas[i, dy : dy + h, dx : dx + w] = picture
+        per_image[i] = per_image[i] + np.asarray([dx, dy, dx, dy], np.float32)
+        if dx or dy:
+            per_image[i][0] = (0, 0, w + 2 * dx, h + 2 * dy)
+    return {"image": canvas, "boxes": np.stack(per_image)}
+
+
+def _own_boxes(
+    pictures: Sequence[np.ndarray],
+    views: Views,
+    preprocessing: Preprocessing,
+    boxes: Sequence[np.ndarray] | None,
+) -> list[np.ndarray]:
+    sizes = [(p.shape[1], p.shape[0]) for p in pictures]
+    if boxes is None:
+        return [views.boxes(w, h, preprocessing) for w, h in sizes]
+    if len(boxes) != len(pictures):
+        raise UsageError(
+            f"{len(boxes)} lists of boxes for {len(pictures)} images", "one list of boxes for each image"
+        )
+    listed = [_with_whole(w, h, preprocessing, b) for (w, h), b in zip(sizes, boxes, strict=True)]
+    longest = max(len(b) for b in listed)
+    return [np.concatenate([b, np.repeat(b[-1:], longest - len(b), 0)]) for b in listed]
+
+
+def _with_whole(width: int, height: int, preprocessing: Preprocessing, boxes: np.ndarray) -> np.ndarray:
+    own = np.asarray(boxes, np.float32).reshape(-1, 4)
+    clipped = np.clip(own, 0, np.asarray([width, height, width, height], np.float32))
+    empty = (clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1])
+    if empty.any():
+        raise UsageError(
+            f"box {own[int(np.argmax(empty))].tolist()} holds nothing of an image of {width} x {height} pixels",
+            "x0 < x1 and y0 < y1, in pixels, inside the image",
+        )
+    whole = np.asarray([whole_image_box(width, height, preprocessing)], np.float32)
+    return np.concatenate([whole, clipped])
+
+
+def _letterbox_offset(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Padding on each side that makes the image square, if the encoder wants it padded."""
+    if preprocessing.resize_mode != "longest":
+        return (0, 0)
+    side = max(width, height)
+    return ((side - width + 1) // 2, (side - height + 1) // 2)
+
+
+def _round_up(side: int) -> int:
+    return -(-side // CANVAS_STEP) * CANVAS_STEP

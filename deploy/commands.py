@@ -1,0 +1,243 @@
+"""The verbs `label`, `gallery`, `doctor` and `demo`: options in, functions called, results told.
+
+Everything heavy is imported inside a command, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .demo import DemoResult
+    from .label import DryRun, LabelJob, LabelResult
+
+C = TypeVar("C", bound=Callable[..., Any])
+# Classes that the summary of a run names.
+MOST_CLASSES = 12
+MOST_REASONS = 8
+
+
+def tagger_options(command: C) -> C:
+    """The options that name a model and how it looks; the same for every verb that scores images."""
+    options = [
+        click.option("--model", default="tiny", show_default=True, help="tiny, open_clip:ARCH/PRETRAINED, open_clip:ARCH/PATH, or a bundle's folder."),
+        click.option("--classes", help="Class file (one `name: synonym, synonym` a line), or names separated by commas. Default: the model's own."),
+        click.option("--prompts", help="Prompt set (photo, ensemble7, plain), or templates with {} separated by |."),
+        click.option("--views", default="1+3x3", show_default=True, help="Where to look: 1, 1+2x2, 1+3x3, 1+2x2+3x3+4x4, …"),
+        click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), default="cdul", show_default=True, help="How the views' probabilities become one score."),
+        click.option("--zeta", type=float, default=0.0, show_default=True, help="cdul: local maximum where it reaches this, local minimum elsewhere."),
+        click.option("--threshold", type=float, help="Score from which on a class is a label. Default: the model's own."),
+        click.option("--runtime", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--threads", type=int, default=0, help="Threads of the engine (0: one a core)."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True)
+@tagger_options
+@click.option("--out", type=click.Path(path_type=Path), default=Path("labels"), show_default=True)
+@click.option("--batch-size", type=int, default=0, help="Images in a batch (0: by the number of views).")
+@click.option("--workers", type=int, default=0, help="Threads that decode (0: one a core).")
+@click.option("--limit", type=int, help="Label only the first so many inputs.")
+@click.option(
+    "--max-pixels", type=int, default=178_956_970, show_default=True, help="Larger images are errors."
+)
+@click.option("--retry-failed", is_flag=True, help="Try the inputs in errors.parquet again.")
+@click.option("--overwrite", is_flag=True, help="Forget what --out holds.")
+@click.option("--max-error-rate", type=float, help="Exit with 4 if a larger share of the inputs failed.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress and no summary.")
+def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> int:
+    """Label the images in SOURCES: folders, globs, files, text lists (*.txt) and tar shards.
+
+    Every input ends in one row of OUT/labels/part-*.parquet or one row of OUT/errors.parquet. The same command
+    continues a run that was stopped or killed.
+    """
+    from cliplet.errors import ObjectiveError
+    from cliplet.tagger import TaggerSettings
+
+    from . import label as labelling
+
+    names = {f.name for f in fields(TaggerSettings)}
+    settings = TaggerSettings(**{k: v for k, v in options.items() if k in names})
+    job = labelling.LabelJob(
+        sources=sources, tagger=settings, **{k: v for k, v in options.items() if k not in names}
+    )
+    if dry_run:
+        _tell_dry_run(labelling.dry_run(job), as_json)
+        return 0
+    try:
+        result = labelling.label(job)
+    except ObjectiveError:
+        _tell_result(job, None, as_json)
+        raise
+    _tell_result(job, result, as_json)
+    return 130 if result.interrupted else 0
+
+
+@click.command()
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The page to write. Default: LABELS/gallery.html."
+)
+@click.option("--limit", type=int, default=1000, show_default=True, help="Most images on the page.")
+@click.option(
+    "--thumb", type=int, default=256, show_default=True, help="Longest side of a thumbnail in pixels."
+)
+@click.option("--title", default="", help="Heading of the page.")
+def gallery(labels: Path, out: Path | None, limit: int, thumb: int, title: str) -> int:
+    """Make one HTML page of the images in LABELS that opens offline, with a live threshold."""
+    from .gallery import GalleryOptions, shown_statement, write_gallery
+
+    summary = write_gallery(
+        labels, out or labels / "gallery.html", GalleryOptions(limit=limit, thumb=thumb, title=title)
+    )
+    click.echo(
+        f"wrote {summary.file} ({summary.bytes / 1e6:.1f} MB): {shown_statement(summary.shown, summary.total)}"
+    )
+    if summary.errors:
+        click.echo(f"{summary.errors:,} inputs without labels are listed with their reasons")
+    if summary.without_thumbnail:
+        click.echo(f"{summary.without_thumbnail:,} images could not be read any more and have no thumbnail")
+    click.echo(f"open {summary.file.resolve().as_uri()}")
+    return 0
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also import torch and look for GPUs through it (slow).")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(deep: bool, as_json: bool) -> int:
+    """Say what this machine can do, and what to install for the rest.
+
+    Exit code 0 if images can be labelled here, 1 if not.
+    """
+    from cliplet import doctor as examination
+
+    findings = examination.examine(deep=deep)
+    if as_json:
+        click.echo(examination.as_json(findings))
+    else:
+        Console().print(examination.report(findings))
+    return 0 if examination.can_label(findings) else 1
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--count", type=click.IntRange(min=2), default=300, show_default=True, help="Scenes to make.")
+@click.option("--seed", type=int, default=2026, show_default=True, help="Another seed makes other scenes.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(out: Path, count: int, seed: int, quiet: bool) -> int:
+    """Make scenes whose contents are known, label them with the embedded CLIP, measure, show a gallery."""
+    from . import demo as demonstration
+
+    _tell_demo(demonstration.demo(out, count, seed, quiet=quiet))
+    return 0
+
+
+def _tell_dry_run(found: Any, as_json: bool) -> None:
+    run: DryRun = found
+    facts = {
+        "inputs": run.inputs,
+        "duplicates": run.listing.duplicates,
+        "ignored": run.listing.ignored,
+        "model": str(run.plan.spec),
+        "classes": len(run.plan.vocabulary.names),
+        "views": str(run.plan.views),
+        "threshold": run.plan.thresholds[0],
+        "threshold_source": run.plan.threshold_source,
+        "images_per_batch": run.images_per_batch,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    click.echo("dry run: nothing was loaded, nothing was written")
+    for name, value in facts.items():
+        click.echo(f"  {name:<17} {value}")
+    for ref in run.listing.images[:3]:
+        click.echo(f"  first inputs      {ref.path}")
+
+
+def _tell_result(job: LabelJob, result: LabelResult | None, as_json: bool) -> None:
+    from .summary import summarise
+
+    if job.quiet and not as_json:
+        return
+    summary = summarise(job.out)
+    if as_json:
+        facts = {"result": vars(result) if result else None, "summary": vars(summary), "out": str(job.out)}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    say = click.echo
+    if result is not None:
+        speed = (
+            f", {result.scored_now / result.seconds:.1f} images/s"
+            if result.scored_now and result.seconds
+            else ""
+        )
+        state = "interrupted, all work saved: " if result.interrupted else ""
+        say(
+            f"{state}{result.labelled:,} of {result.inputs:,} inputs labelled, {result.failed:,} failed{speed}"
+        )
+        say(f"threshold: {result.threshold_source}")
+    counts = sorted(summary.per_class.items(), key=lambda pair: -pair[1])
+    tagged = [f"{name} {count:,}" for name, count in counts if count]
+    if tagged:
+        more = f", and {len(tagged) - MOST_CLASSES} more classes" if len(tagged) > MOST_CLASSES else ""
+        say(f"labels: {', '.join(tagged[:MOST_CLASSES])}{more}; {summary.untagged:,} images without any")
+    elif summary.images:
+        low, middle, high = summary.best_scores
+        say("nothing was tagged: no score reached its threshold")
+        say(
+            f"  best scores of the images: 10 % below {low:.3f}, half below {middle:.3f}, 90 % below {high:.3f}"
+        )
+        for share, threshold in summary.threshold_to_tag.items():
+            # Rounded down, so that the images at the border are tagged.
+            say(f"  --threshold {int(threshold * 1e4) / 1e4} --overwrite would tag {share:.0%} of them")
+    for reason, number in list(summary.errors.items())[:MOST_REASONS]:
+        say(f"  {number:,} x {reason}")
+    files = [f for f in job.out.rglob("*.parquet") if f.is_file()]
+    say(f"wrote {job.out} ({sum(f.stat().st_size for f in files) / 1e6:.2f} MB in {len(files)} tables)")
+    if result is not None and result.interrupted:
+        say("next: the same command continues")
+    else:
+        say(f"next: cliplet gallery {job.out}")
+
+
+def _tell_demo(result: DemoResult) -> None:
+    names = {"test-seen": "drawings that training knew", "test-unseen": "a drawing set it never saw"}
+    table = Table("views", "scenes", "images", "mAP", "F1 of the labels", "images/s")
+    for m in result.measured:
+        run = result.runs[m.views]
+        table.add_row(
+            m.views,
+            names[m.part],
+            str(m.images),
+            f"{m.mean_average_precision:.1f}",
+            f"{m.micro_f1:.1f}",
+            f"{run.scored_now / run.seconds:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "mAP: mean over classes of the all-points average precision, in percent, against the known truth"
+    )
+    file = result.gallery.file
+    console.print(f"gallery: {file} ({result.gallery.bytes / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(f"open {file.resolve().as_uri()}", soft_wrap=True)
+    console.print(
+        "next: cliplet label YOUR_PHOTOS --model open_clip:ViT-B-32/laion2b_s34b_b79k --classes 'cat,dog,…'",
+        soft_wrap=True,
+    )

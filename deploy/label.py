@@ -1,0 +1,336 @@
+"""Labels a collection of any size: every input ends in one row of labels or one row of errors.
+
+    cliplet label photos --classes classes.txt --out labels
+
+Images are decoded in threads while the engine scores the batch before; at most a few batches are in memory.
+A batch is always the same stretch of the sorted inputs, whatever was finished before, so a run that was
+killed and started again ends with the very scores of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic, perf_counter
+from types import FrameType
+from typing import Any
+
+from cliplet.artifact import library_versions
+from cliplet.errors import ClipletError, DataError, ObjectiveError, UsageError
+from cliplet.images import MAX_PIXELS, ImageError, ImageRef, Picture, decode_image, read_image
+from cliplet.labels import RUN_SCHEMA_VERSION, ErrorRecord, LabelRecord, LabelStore
+from cliplet.listing import Listing, find_images
+from cliplet.progress import ProgressBar
+from cliplet.tagger import Plan, Tagger, TaggerSettings, load_plan, plan
+
+# A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
+PART_ROWS = 2048
+PART_SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelJob:
+    """One call of `cliplet label`.
+
+    Attributes:
+        sources: folders, globs, files, text lists, tar shards.
+        out: folder of the results.
+        batch_size: images in a batch; 0 chooses by the number of views.
+        workers: threads that decode; 0 means one a core.
+        limit: label only so many inputs, the first ones.
+        max_pixels: images with more are not decoded (decompression bombs).
+        retry_failed: try the inputs in errors.parquet again.
+        overwrite: forget what the folder holds, even of another job.
+        max_error_rate: share of failed inputs above which the run ends with exit code 4.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    tagger: TaggerSettings = field(default_factory=TaggerSettings)
+    batch_size: int = 0
+    workers: int = 0
+    limit: int | None = None
+    max_pixels: int = MAX_PIXELS
+    retry_failed: bool = False
+    overwrite: bool = False
+    max_error_rate: float | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--batch-size", self.batch_size, 0),
+            ("--workers", self.workers, 0),
+            ("--limit", 1 if self.limit is None else self.limit, 1),
+            ("--max-pixels", self.max_pixels, 1),
+        ):
+            if value < least:
+                raise UsageError(f"{flag} {value}", f"a whole number from {least} on")
+
+
+@dataclass(frozen=True)
+class LabelResult:
+    """How a run ended.
+
+    Attributes:
+        inputs: how many inputs the job has.
+        labelled, failed: rows in the two tables now; `interrupted` runs have fewer rows than inputs.
+        scored_now: images that this run scored, in `seconds` from the first batch to the last row.
+        threshold_source: where the thresholds came from.
+    """
+
+    inputs: int
+    labelled: int
+    failed: int
+    scored_now: int
+    seconds: float
+    interrupted: bool
+    threshold_source: str
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do, found without loading a model or writing a file."""
+
+    listing: Listing
+    inputs: int
+    plan: Plan
+    images_per_batch: int
+
+
+def dry_run(job: LabelJob) -> DryRun:
+    """What `label` would do for `job`; raises what it would raise before the first image."""
+    chosen = plan(job.tagger)
+    listing = find_images(job.sources)
+    inputs = min(len(listing.images), job.limit or len(listing.images))
+    return DryRun(listing, inputs, chosen, job.batch_size or chosen.images_per_batch)
+
+
+def label(job: LabelJob) -> LabelResult:
+    """Label all inputs of `job`, continuing where an earlier run of the same job stopped.
+
+    Ctrl-C or SIGTERM ends it after the batch in hand with all work saved; a second one ends it at once.
+
+    Raises:
+        UsageError: the folder holds another job, or another run is writing it.
+        DataError: no images, or no usable class names.
+        EnvironmentError_: the output cannot be written; what was written before is kept.
+        ObjectiveError: more inputs failed than `max_error_rate` allows; all rows are written.
+    """
+    chosen = plan(job.tagger)
+    listing = find_images(job.sources)
+    images = listing.images[: job.limit]
+    with LabelStore(job.out) as store:
+        store.begin(_run_description(job, chosen), overwrite=job.overwrite)
+        progress = _Progress.read(store, retry_failed=job.retry_failed)
+        todo = sum(ref.path not in progress for ref in images)
+        begun = monotonic()
+        scored = 0
+        interrupted = False
+        if todo:
+            with load_plan(chosen) as tagger, _interruption() as stop:
+                begun = monotonic()
+                with ProgressBar("labelling", len(images), done=len(images) - todo, quiet=job.quiet) as bar:
+                    for batch in _batches(job, tagger, images, progress):
+                        rows, errors = _score(tagger, batch)
+                        progress.add(rows, errors)
+                        scored += len(rows)
+                        bar.advance(len(batch))
+                        if stop.is_set:
+                            interrupted = True
+                            break
+        progress.flush()
+        store.write_errors(progress.errors)
+    wanted = {ref.path for ref in images}
+    failed = sum(e.path in wanted for e in progress.errors)
+    result = LabelResult(
+        len(images),
+        len(progress.labelled & wanted),
+        failed,
+        scored,
+        monotonic() - begun,
+        interrupted,
+        chosen.threshold_source,
+    )
+    _hold_objective(job, result)
+    return result
+
+
+class _Progress:
+    """Rows and errors of a store: those on the disk and those waiting to be written."""
+
+    def __init__(self, store: LabelStore, labelled: set[str], errors: list[ErrorRecord], retry: bool) -> None:
+        self._store = store
+        self.labelled = labelled
+        self._errors = {e.path: e for e in errors}
+        self._settled = set() if retry else set(self._errors)
+        self._waiting: list[LabelRecord] = []
+        self._unwritten_errors = 0
+        self._flushed = monotonic()
+
+    @classmethod
+    def read(cls, store: LabelStore, *, retry_failed: bool) -> _Progress:
+        labelled = store.labelled_paths()
+        return cls(store, labelled, store.errors(labelled), retry_failed)
+
+    def __contains__(self, path: str) -> bool:
+        """Whether this input needs no more work."""
+        return path in self.labelled or path in self._settled
+
+    @property
+    def errors(self) -> list[ErrorRecord]:
+        return sorted(self._errors.values(), key=lambda e: e.path)
+
+    def add(self, rows: Sequence[LabelRecord], errors: Sequence[ErrorRecord]) -> None:
+        self._waiting.extend(rows)
+        for row in rows:
+            self._errors.pop(row.path, None)
+        self._errors.update((e.path, e) for e in errors)
+        self._unwritten_errors += len(errors)
+        if len(self._waiting) >= PART_ROWS or monotonic() - self._flushed >= PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits: first the rows, then the errors."""
+        if self._waiting:
+            self._store.write_part(self._waiting)
+            self.labelled.update(row.path for row in self._waiting)
+        if self._waiting or self._unwritten_errors:
+            self._store.write_errors(self.errors)
+        self._waiting, self._unwritten_errors, self._flushed = [], 0, monotonic()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One input of a batch: its picture, or why there is none."""
+
+    ref: ImageRef
+    picture: Picture | None
+    error: ErrorRecord | None
+
+
+def _load(ref: ImageRef, fit: int, max_pixels: int) -> _Loaded:
+    try:
+        return _Loaded(ref, decode_image(read_image(ref), fit=fit, max_pixels=max_pixels), None)
+    except ImageError as error:
+        return _Loaded(ref, None, ErrorRecord(ref.path, error.stage, error.reason))
+
+
+def _batches(
+    job: LabelJob, tagger: Tagger, images: Sequence[ImageRef], done: _Progress
+) -> Iterator[list[_Loaded]]:
+    """Decoded batches of unfinished inputs in order, a few of them ahead of the engine."""
+    size = job.batch_size or tagger.plan.images_per_batch
+    workers = job.workers or len(os.sched_getaffinity(0))
+    ahead = 1 + -(-2 * workers // size)
+    waiting: deque[list[Future[_Loaded]]] = deque()
+    pool = ThreadPoolExecutor(workers, "decode")
+    try:
+        for start in range(0, len(images), size):
+            refs = [ref for ref in images[start : start + size] if ref.path not in done]
+            if refs:
+                waiting.append([pool.submit(_load, ref, tagger.fit, job.max_pixels) for ref in refs])
+            if len(waiting) > ahead:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _score(tagger: Tagger, batch: Sequence[_Loaded]) -> tuple[list[LabelRecord], list[ErrorRecord]]:
+    """Rows and errors of a batch. If the engine refuses it, each image is tried alone to find the culprit."""
+    errors = [loaded.error for loaded in batch if loaded.error is not None]
+    good = [loaded for loaded in batch if loaded.picture is not None]
+    if not good:
+        return [], errors
+    try:
+        return _rows(tagger, good), errors
+    except ClipletError as error:
+        if len(good) == 1:
+            return [], [*errors, ErrorRecord(good[0].ref.path, "infer", error.happened)]
+    rows = []
+    for loaded in good:
+        found, failed = _score(tagger, [loaded])
+        rows += found
+        errors += failed
+    return rows, errors
+
+
+def _rows(tagger: Tagger, batch: Sequence[_Loaded]) -> list[LabelRecord]:
+    pictures = [loaded.picture for loaded in batch if loaded.picture is not None]
+    began = perf_counter()
+    scores_BC = tagger.score([p.pixels for p in pictures])["scores"]
+    seconds = (perf_counter() - began) / len(pictures)
+    return [
+        tagger.record(loaded.ref.path, (picture.width, picture.height), scores_C, seconds)
+        for loaded, picture, scores_C in zip(batch, pictures, scores_BC, strict=True)
+    ]
+
+
+@dataclass
+class _Stop:
+    is_set: bool = False
+
+
+@contextmanager
+def _interruption() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM set a flag once; the second one interrupts. Only a main thread hears them."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if stop.is_set:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        stop.is_set = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_description(job: LabelJob, chosen: Plan) -> dict[str, Any]:
+    return {
+        "schema": RUN_SCHEMA_VERSION,
+        "fingerprint": {"inputs": [os.path.abspath(s) for s in job.sources], **chosen.fingerprint()},
+        "model": str(chosen.spec),
+        "classes": list(chosen.vocabulary.names),
+        "thresholds": list(chosen.thresholds),
+        "threshold_source": chosen.threshold_source,
+        "views": str(chosen.views),
+        "cwd": os.getcwd(),
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
+    }
+
+
+def _hold_objective(job: LabelJob, result: LabelResult) -> None:
+    if result.interrupted:
+        return
+    if result.failed == result.inputs:
+        raise DataError(
+            f"none of {result.inputs:,} inputs could be labelled; the reasons are in {job.out / 'errors.parquet'}",
+            "images",
+            "mend them, then run again with --retry-failed",
+        )
+    if job.max_error_rate is None:
+        return
+    rate = result.failed / max(result.inputs, 1)
+    if rate > job.max_error_rate:
+        raise ObjectiveError(
+            f"{result.failed:,} of {result.inputs:,} inputs failed ({rate:.1%}); {result.labelled:,} are labelled",
+            f"at most {job.max_error_rate:.1%} (--max-error-rate)",
+            f"read {job.out / 'errors.parquet'}, mend the files, then run again with --retry-failed",
+        )
