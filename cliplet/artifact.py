@@ -31,7 +31,7 @@ MANIFEST_SCHEMA = 1
 MODEL_FILE = "model.onnx"
 # Any change to what is traced (`cliplet.snippets`, `cliplet.export.onnx_graph`) must change this: it is part of
 # the names in the cache.
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 # Libraries whose version may change a graph or its results.
 LIBRARIES = ("cliplet", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime")
 

@@ -74,15 +74,16 @@ def resize_weights(begin: Tensor, end: Tensor, pixels: int, size: int, interpola
 def cut_views(image_BHWC: Tensor, boxes_BV4: Tensor, size: int, interpolation: str) -> Tensor:
     """Views float [B, V, 3, size, size] in 0..255, cut out of uint8 images [B, H, W, 3] and resized.
 
-    Each is two matrix products, rows x image x columns, which every runtime has and runs well.
+    Each is two matrix products, rows x (image x columns), which every runtime has and runs well.
     """
     pixels_B13HW = image_BHWC.permute(0, 3, 1, 2).unsqueeze(1).to(boxes_BV4.dtype)
     x0, y0, x1, y1 = boxes_BV4.unbind(-1)
     rows_BVSH = resize_weights(y0, y1, image_BHWC.shape[1], size, interpolation)
     columns_BVSW = resize_weights(x0, x1, image_BHWC.shape[2], size, interpolation)
-    views = rows_BVSH.unsqueeze(2) @ pixels_B13HW @ columns_BVSW.unsqueeze(2).transpose(-1, -2)
-    # Bicubic interpolation overshoots at edges; 8-bit images cannot.
-    return views.clamp(0, 255)
+    # Bicubic interpolation overshoots at edges and 8-bit images cannot: like Pillow, columns first, and cut off
+    # what leaves the range after each pass.
+    narrow_BV3HS = (pixels_B13HW @ columns_BVSW.unsqueeze(2).transpose(-1, -2)).clamp(0, 255)
+    return (rows_BVSH.unsqueeze(2) @ narrow_BV3HS).clamp(0, 255)
 
 
 class Snippets(nn.Module):

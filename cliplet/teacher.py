@@ -123,7 +123,8 @@ def load_teacher(spec: ModelSpec, device: str = "cpu") -> Teacher:
             "the architecture that these weights were trained with",
             f"--model open_clip:{spec.open_clip_name}-quickgelu/{spec.pretrained}",
         ) from error
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    # open_clip asserts what it expects of a checkpoint's shapes.
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
         raise _explained(spec, error) from error
     return Teacher(spec, clip.eval(), tokenizer, _preprocessing(clip))
 

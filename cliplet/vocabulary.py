@@ -163,7 +163,7 @@ def read_vocabulary(classes: str, prompts: PromptSet | None = None) -> Vocabular
     path = Path(classes)
     if path.is_file():
         return Vocabulary(_parse_classes(path), chosen, str(path))
-    if path.suffix or os.sep in classes or path.is_dir():
+    if classes.strip() and (path.suffix or os.sep in classes or path.is_dir()):
         raise UsageError(
             f"there is no class file {classes!r}",
             "a text file with one class name a line, or names separated by commas",

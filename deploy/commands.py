@@ -100,14 +100,12 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
 @click.option("--title", default="", help="Heading of the page.")
 def gallery(labels: Path, out: Path | None, limit: int, thumb: int, title: str) -> int:
     """Make one HTML page of the images in LABELS that opens offline, with a live threshold."""
-    from .gallery import GalleryOptions, shown_statement, write_gallery
+    from .gallery import GalleryOptions, write_gallery
 
     summary = write_gallery(
         labels, out or labels / "gallery.html", GalleryOptions(limit=limit, thumb=thumb, title=title)
     )
-    click.echo(
-        f"wrote {summary.file} ({summary.bytes / 1e6:.1f} MB): {shown_statement(summary.shown, summary.total)}"
-    )
+    click.echo(f"wrote {summary.file} ({summary.bytes / 1e6:.1f} MB): {summary.statement}")
     if summary.errors:
         click.echo(f"{summary.errors:,} inputs without labels are listed with their reasons")
     if summary.without_thumbnail:

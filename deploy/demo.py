@@ -5,16 +5,17 @@ cliplet demo --out runs/demo
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cliplet.scene_files import write_scenes
 
 from cliplet.labels import read_labels, read_run
 from cliplet.metrics import mean_average_precision, micro_f1
+from cliplet.scene_files import write_scenes
 from cliplet.scenes import scene_world
 from cliplet.tagger import DEFAULT_VIEWS, TaggerSettings
 
@@ -59,7 +60,9 @@ def demo(out: Path, count: int = 300, seed: int = 2026, *, quiet: bool = False) 
     for part, size in zip(PARTS, (count - count // 2, count // 2), strict=True):
         written = write_scenes(scene_world(part, seed=seed), out / "scenes" / part, size)
         sources.append(str(written.images))
-        truth |= {str(written.images / name): set(classes) for name, classes in written.labels.items()}
+        with open(out / "scenes" / part / "labels.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                truth[str(written.images / row["file"])] = set(row["classes"].split(";"))
     measured, runs = [], {}
     for views in ("1", DEFAULT_VIEWS):
         folder = out / f"labels-{views}"

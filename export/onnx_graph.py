@@ -142,11 +142,12 @@ def set_vocabulary(source: Path, target: Path, text_CD: np.ndarray, vocabulary: 
     kept = [i for i in model.graph.input if i.name != TEXT_INITIALIZER]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+    # Names of axes inside the graph are the tracer's; only the contract's shall be seen.
+    del model.graph.value_info[:]
     rows_CD = np.ascontiguousarray(text_CD, np.float32)
     model.graph.initializer.append(numpy_helper.from_array(rows_CD, TEXT_INITIALIZER))
-    for tensor, value in zip(
-        (*SNIPPETS.inputs, *SNIPPETS.outputs), (*kept, *model.graph.output), strict=True
-    ):
+    values = (*model.graph.input, *model.graph.output)
+    for tensor, value in zip((*SNIPPETS.inputs, *SNIPPETS.outputs), values, strict=True):
         for dim, axis in zip(value.type.tensor_type.shape.dim, tensor.axes, strict=True):
             if axis == "C":
                 dim.dim_value = len(vocabulary.names)

@@ -9,12 +9,20 @@ from typing import Self
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
 from cliplet.contract import GraphContract
 from cliplet.errors import ArtifactError, EnvironmentError_
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
+
+# onnxruntime's exceptions have no common base of their own.
+_ENGINE_ERRORS = tuple(
+    e
+    for e in vars(_native).values()
+    if isinstance(e, type) and issubclass(e, Exception) and e is not Exception
+)
 
 
 class OnnxRunner:
@@ -46,7 +54,7 @@ class OnnxRunner:
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
-        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+        except _ENGINE_ERRORS as error:
             raise ArtifactError(
                 f"onnxruntime cannot load {model}: {error}", "an ONNX graph", "export again"
             ) from error
@@ -70,9 +78,18 @@ class OnnxRunner:
         del self._session
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name. `DataError` if feeds do not fit, `EnvironmentError_` if the engine fails on them."""
         self.contract.check_feeds(feeds)
         names = [t.name for t in self.contract.outputs]
-        outputs = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        try:
+            outputs = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except _ENGINE_ERRORS as error:
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise EnvironmentError_(
+                f"{self.runtime} failed on {shapes}: {str(error).splitlines()[0]}",
+                "memory for one batch",
+                "use a smaller --batch-size",
+            ) from error
         self.contract.check_outputs(feeds, outputs)
         return outputs
 

@@ -1,0 +1,472 @@
+"""`cliplet label` through its public doors: every input ends in one row or one error, whatever happens."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Cli, picture
+from PIL import Image
+
+import cliplet
+from cliplet.deploy import label as labelling
+from cliplet.errors import DataError, EnvironmentError_
+from cliplet.labels import LabelStore, read_errors, read_labels, read_run
+from cliplet.tagger import Tagger, TaggerSettings
+
+CLASSES = "cat,dog,bird,person"
+
+
+@pytest.fixture(scope="session")
+def model(toy_clip: Path) -> str:
+    return f"open_clip:local-dir:{toy_clip}"
+
+
+@pytest.fixture
+def options(model: str, tmp_path: Path) -> list[str]:
+    return [
+        "--model",
+        model,
+        "--classes",
+        CLASSES,
+        "--views",
+        "1+2x2",
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
+
+
+def job(model: str, source: Path, out: Path, **fields: Any) -> labelling.LabelJob:
+    settings = TaggerSettings(model=model, classes=CLASSES, views="1+2x2")
+    return labelling.LabelJob(sources=(str(source),), out=out, tagger=settings, quiet=True, **fields)
+
+
+def rows(out: Path) -> dict[str, tuple[object, ...]]:
+    """All rows by path, without the column that holds a time; a path that has two is an error."""
+    found: dict[str, tuple[object, ...]] = {}
+    for r in read_labels(out):
+        assert r.path not in found
+        found[r.path] = (r.width, r.height, r.labels, r.scores.tobytes(), r.model)
+    return found
+
+
+def test_every_photo_gets_one_row(cli: Cli, photos: Path, options: list[str], tmp_path: Path) -> None:
+    done = cli("label", photos, *options[:-1])
+    assert done.returncode == 0, done.stderr
+    assert "24 of 24 inputs labelled, 0 failed" in done.stdout
+    assert f"next: cliplet gallery {tmp_path / 'out'}" in done.stdout
+    found = list(read_labels(tmp_path / "out"))
+    assert sorted(r.path for r in found) == sorted(str(p) for p in photos.rglob("*.jpg"))
+    with Image.open(found[0].path) as image:
+        assert (found[0].width, found[0].height) == image.size
+    assert all(r.scores.shape == (4,) for r in found)
+    run = read_run(tmp_path / "out")
+    assert run["classes"] == CLASSES.split(",")
+    threshold = run["thresholds"][0]
+    for r in found:
+        over = {c: s for c, s in zip(run["classes"], r.scores, strict=True) if s >= threshold}
+        assert list(r.labels) == sorted(over, key=lambda c: -over[c])
+
+
+def test_the_api_gives_the_same_scores(model: str, photos: Path, tmp_path: Path) -> None:
+    labelling.label(job(model, photos, tmp_path / "out", batch_size=1))
+    with cliplet.load(model, classes=CLASSES, views="1+2x2") as tagger:
+        for path, row in list(rows(tmp_path / "out").items())[:5]:
+            (record,) = tagger.label([path])
+            assert (record.width, record.height, record.labels, record.scores.tobytes(), record.model) == row
+
+
+def test_both_runtimes_agree(model: str, photos: Path, tmp_path: Path) -> None:
+    labelling.label(job(model, photos, tmp_path / "onnx"))
+    eager = TaggerSettings(model=model, classes=CLASSES, views="1+2x2", runtime="torch")
+    labelling.label(
+        labelling.LabelJob(sources=(str(photos),), out=tmp_path / "torch", tagger=eager, quiet=True)
+    )
+    onnx, torch = ({r.path: r.scores for r in read_labels(tmp_path / name)} for name in ("onnx", "torch"))
+    assert onnx.keys() == torch.keys()
+    for path, scores in onnx.items():
+        np.testing.assert_allclose(scores, torch[path], atol=1e-4)
+
+
+# --- inputs that are no pictures ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """A folder with everything that people's folders hold."""
+    folder = tmp_path / "zoo ü"
+    folder.mkdir()
+    good = Image.fromarray(picture(120, 90))
+    good.save(folder / "good.jpg")
+    data = (folder / "good.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("I am no image")
+    Image.new("RGB", (1, 1), "red").save(folder / "one pixel.png")
+    Image.new("RGB", (30_000, 20), "blue").save(folder / "long.jpg")
+    good.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20).save(folder / "16bit.png")
+    palette = good.convert("RGBA")
+    palette.putalpha(Image.linear_gradient("L").resize((120, 90)))
+    palette.quantize(32).save(folder / "palette alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good.save(folder / "rotated.jpg", exif=exif)
+    good.save(folder / "gif.jpg", format="GIF")
+    good.save(folder / "Ünïcode and spaces 猫.jpg")
+    header = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(header, "PNG")
+    (folder / "bomb.png").write_bytes(header.getvalue())
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "notes.txt").write_text("not listed")
+    (folder / os.fsdecode(b"latin-\xe9.jpg")).write_bytes(data)
+    return folder
+
+
+BAD = {
+    "truncated.jpg": ("decode", "truncated"),
+    "zero.jpg": ("decode", "zero bytes"),
+    "text.jpg": ("decode", "text"),
+    "bomb.png": ("decode", "bomb"),
+    "dangling.jpg": ("read", "No such file"),
+}
+
+
+def test_every_input_ends_in_one_table(cli: Cli, zoo: Path, options: list[str], tmp_path: Path) -> None:
+    done = cli("label", zoo, *options)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = {Path(e.path).name: (e.stage, e.reason) for e in read_errors(tmp_path / "out")}
+    assert errors.keys() == BAD.keys()
+    for name, (stage, word) in BAD.items():
+        assert errors[name][0] == stage
+        assert word in errors[name][1], errors[name]
+    found = {Path(r.path).name: r for r in read_labels(tmp_path / "out")}
+    inputs = {p.name for p in zoo.iterdir()} - {"notes.txt", os.fsdecode(b"latin-\xe9.jpg")} | {
+        "latin-\\xe9.jpg"
+    }
+    assert found.keys() | errors.keys() == inputs
+    assert (found["rotated.jpg"].width, found["rotated.jpg"].height) == (90, 120)
+    assert (found["long.jpg"].width, found["long.jpg"].height) == (30_000, 20)
+    assert all(np.isfinite(r.scores).all() for r in found.values())
+
+
+def test_failed_inputs_are_tried_again_when_asked(
+    cli: Cli, zoo: Path, options: list[str], tmp_path: Path
+) -> None:
+    assert cli("label", zoo, *options).returncode == 0
+    (zoo / "zero.jpg").write_bytes((zoo / "good.jpg").read_bytes())
+    before = rows(tmp_path / "out")
+    assert cli("label", zoo, *options).returncode == 0
+    assert rows(tmp_path / "out") == before
+    assert cli("label", zoo, *options, "--retry-failed").returncode == 0
+    assert rows(tmp_path / "out").keys() - before.keys() == {str(zoo / "zero.jpg")}
+    assert {Path(e.path).name for e in read_errors(tmp_path / "out")} == BAD.keys() - {"zero.jpg"}
+
+
+def test_too_many_failures_end_with_their_own_exit_code(
+    cli: Cli, zoo: Path, options: list[str], tmp_path: Path
+) -> None:
+    done = cli("label", zoo, *options, "--max-error-rate", 0.1)
+    assert done.returncode == 4
+    assert "at most 10.0%" in done.stderr
+    assert "--retry-failed" in done.stderr
+    assert len(rows(tmp_path / "out")) == 10
+    assert cli("label", zoo, *options, "--max-error-rate", 0.5).returncode == 0
+
+
+def test_nothing_but_failures_is_an_error(cli: Cli, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("no image")
+    done = cli("label", tmp_path / "bad", *options)
+    assert done.returncode == 1
+    assert "none of 1 inputs could be labelled" in done.stderr
+    assert len(read_errors(tmp_path / "out")) == 1
+
+
+def test_more_pixels_are_allowed_when_asked(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (400, 300)).save(tmp_path / "in" / "a.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "in" / "b.png")
+    result = labelling.label(job(model, tmp_path / "in", tmp_path / "out", max_pixels=50_000))
+    assert (result.labelled, result.failed) == (1, 1)
+    again = job(model, tmp_path / "in", tmp_path / "out", max_pixels=200_000, retry_failed=True)
+    assert labelling.label(again).labelled == 2
+
+
+# --- lists, archives, small questions ----------------------------------------------------------------------
+
+
+def test_lists_globs_and_archives(cli: Cli, photos: Path, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{photos / '001.jpg'}\n# comment\n{photos / 'gone.jpg'}\n")
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(photos / "002.jpg", "a/002.jpg")
+    done = cli("label", tmp_path / "list.txt", tmp_path / "shard.tar", f"{photos}/00[12].jpg", *options)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out").keys() == {
+        str(photos / "001.jpg"),
+        str(photos / "002.jpg"),
+        f"{tmp_path / 'shard.tar'}::a/002.jpg",
+    }
+    assert [e.path for e in read_errors(tmp_path / "out")] == [str(photos / "gone.jpg")]
+
+
+def test_a_dry_run_writes_nothing(cli: Cli, photos: Path, options: list[str], tmp_path: Path) -> None:
+    done = cli("label", photos, *options, "--dry-run", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["inputs"] == 24
+    assert facts["classes"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_can_be_lifted_later(model: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert labelling.label(job(model, photos, out, limit=5)).labelled == 5
+    result = labelling.label(job(model, photos, out))
+    assert (result.labelled, result.scored_now) == (24, 19)
+
+
+def test_new_photos_are_added_to_an_old_run(model: str, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("b.jpg", "c.jpg"):
+        (folder / name).write_bytes((photos / "001.jpg").read_bytes())
+    assert labelling.label(job(model, folder, tmp_path / "out")).labelled == 2
+    (folder / "a.jpg").write_bytes((photos / "002.jpg").read_bytes())
+    result = labelling.label(job(model, folder, tmp_path / "out"))
+    assert (result.labelled, result.scored_now) == (3, 1)
+
+
+def test_a_bundle_needs_no_torch(model: str, photos: Path, tmp_path: Path) -> None:
+    with cliplet.load(model, classes=CLASSES) as tagger:
+        bundle = next(p for p in _open_bundles() if p)
+        assert tagger.classes == tuple(CLASSES.split(","))
+    code = (
+        "import sys\n"
+        "from cliplet.cli import main\n"
+        f"code = main(['label', {str(photos)!r}, '--model', {str(bundle)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
+        "heavy = {'torch', 'open_clip', 'timm', 'onnx'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "out")) == 24
+
+
+def _open_bundles() -> list[Path]:
+    from cliplet.artifact import cache_folder
+
+    return sorted(p.parent for p in (cache_folder() / "bundles").glob("*/cliplet.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["/no/such/folder"], 2, "/no/such/folder"),
+        (["{empty}"], 1, "no images"),
+        (["{photos}", "--classes", "missing.txt"], 2, "no class file"),
+        (["{photos}", "--classes", "cat,dog,cat"], 1, "more than once"),
+        (["{photos}", "--classes", ""], 1, "names no class"),
+        (["{photos}", "--classes", "{empty}/classes.txt"], 2, "no class file"),
+        (["{photos}", "--classes", "cat," + "so " * 40 + "long"], 1, "longer than the text context"),
+        (["{photos}", "--views", "3x3"], 2, "--views 1+3x3"),
+        (["{photos}", "--threshold", "7"], 2, "between 0 and 1"),
+        (["{photos}", "--prompts", "foto"], 2, "--prompts photo"),
+        (["{photos}", "--model", "tini"], 2, "--model tiny"),
+        (["{photos}", "--device", "cuda"], 1, "--device cpu"),
+        (["{photos}", "--limit", "0"], 2, "--limit 0"),
+        (["{photos}", "--out", "{photos}/001.jpg/out"], 1, "cannot write"),
+        (["{photos}", "--clases", "cat"], 2, "--classes"),
+        ([], 2, "SOURCES"),
+    ],
+)
+def test_one_clear_message_and_its_exit_code(
+    cli: Cli, photos: Path, options: list[str], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"photos": str(photos), "empty": str(tmp_path / "empty")}
+    done = cli("label", *options, *(a.format(**places) for a in arguments))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_tagged_says_what_would_tag(cli: Cli, photos: Path, options: list[str]) -> None:
+    done = cli("label", photos, *options[:-1], "--threshold", 0.999)
+    assert done.returncode == 0
+    assert "nothing was tagged" in done.stdout
+    suggested = next(line.split()[1] for line in done.stdout.splitlines() if "would tag 50%" in line)
+    done = cli("label", photos, *options[:-1], "--threshold", suggested, "--overwrite")
+    untagged = int(next(w for w in done.stdout.split("; ")[1].split()))
+    assert untagged <= 12
+
+
+def test_another_job_in_the_same_folder_is_refused(cli: Cli, photos: Path, options: list[str]) -> None:
+    assert cli("label", photos, *options).returncode == 0
+    done = cli("label", photos, *options, "--views", "1")
+    assert done.returncode == 2
+    assert 'views: "1+2x2" then, "1" now' in done.stderr
+    assert cli("label", photos, *options, "--views", "1", "--overwrite").returncode == 0
+
+
+def test_options_may_come_from_the_environment(cli: Cli, photos: Path, options: list[str]) -> None:
+    done = cli("label", photos, *options, "--dry-run", "--json", CLIPLET_LABEL_BATCH_SIZE="3")
+    assert json.loads(done.stdout)["images_per_batch"] == 3
+
+
+# --- an engine that fails ----------------------------------------------------------------------------------
+
+
+def test_an_image_that_the_engine_refuses_costs_only_itself(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Tagger.score
+
+    def fails_on_one_size(self: Tagger, pictures: Any, boxes: Any = None) -> Any:
+        if any(p.shape == (50, 40, 3) for p in pictures):
+            raise EnvironmentError_("the engine ran out of memory")
+        return whole(self, pictures, boxes)
+
+    monkeypatch.setattr(Tagger, "score", fails_on_one_size)
+    result = labelling.label(job(model, photos, tmp_path / "out"))
+    assert (result.labelled, result.failed) == (23, 1)
+    (error,) = read_errors(tmp_path / "out")
+    assert (error.stage, error.reason) == ("infer", "the engine ran out of memory")
+
+
+def test_scores_that_are_not_finite_are_errors(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliplet.runners.onnx_runner import OnnxRunner
+
+    infer = OnnxRunner.infer
+
+    def poisoned(self: OnnxRunner, feeds: Any) -> Any:
+        outputs = infer(self, feeds)
+        outputs["scores"][:] = np.nan
+        return outputs
+
+    monkeypatch.setattr(OnnxRunner, "infer", poisoned)
+    with pytest.raises(DataError, match="none of 24"):
+        labelling.label(job(model, photos, tmp_path / "out"))
+    assert {e.stage for e in read_errors(tmp_path / "out")} == {"infer"}
+
+
+# --- interruptions -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 400 small images, every 50th of them broken."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(400):
+        path = folder / f"{i:04d}.jpg"
+        Image.fromarray(picture(48 + i % 31, 40 + i % 17, i)).save(path)
+        if i % 50 == 49:
+            path.write_bytes(path.read_bytes()[:100])
+    return folder
+
+
+# Writes a part after every batch, so that a kill meets every state of the folder.
+EAGER_WRITER = "import sys, cliplet.deploy.label as l; l.PART_ROWS = 1; from cliplet.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(many: Path, options: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", EAGER_WRITER, "label", str(many), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((out / "labels").glob("part-*.parquet"))) < count:
+        assert process.poll() is None or process.returncode == 0, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(
+    model: str, many: Path, options: list[str], tmp_path: Path
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    labelling.label(job(model, many, undisturbed))
+    out = tmp_path / "out"
+    chance = random.Random(7)
+    for kill in range(3):
+        process = start(many, options)
+        wait_for_parts(out, 5 + 15 * kill, process)
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        process.wait()
+        assert len(rows(out)) < 392
+    process = start(many, options)
+    assert process.wait() == 0
+    assert rows(out) == rows(undisturbed)
+    assert read_errors(out) == read_errors(undisturbed)
+    assert len(read_errors(out)) == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_work(many: Path, options: list[str], tmp_path: Path, number: int) -> None:
+    process = start(many, options)
+    wait_for_parts(tmp_path / "out", 3, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    saved = rows(tmp_path / "out")
+    assert 0 < len(saved) < 392
+    process = start(many, options)
+    assert process.wait() == 0
+    assert len(rows(tmp_path / "out")) == 392
+    assert saved.items() <= rows(tmp_path / "out").items()
+
+
+def test_two_runs_into_one_folder(cli: Cli, photos: Path, options: list[str], tmp_path: Path) -> None:
+    with LabelStore(tmp_path / "out"):
+        done = cli("label", photos, *options)
+    assert done.returncode == 2
+    assert "another run is writing" in done.stderr
+    assert cli("label", photos, *options).returncode == 0
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_written(
+    many: Path, options: list[str], tmp_path: Path
+) -> None:
+    """No file may grow past 12 kB here, as on a disk with no more room; then the limit is lifted."""
+    starved = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import cliplet.labels as b\n"
+        "write = b.LabelStore.write_part\n"
+        "def limited(self, records):\n"
+        "    if len(list(self.parts_folder.glob('part-*'))) == 3:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))\n"
+        "    return write(self, records)\n"
+        "b.LabelStore.write_part = limited\n"
+    ) + EAGER_WRITER
+    done = subprocess.run(
+        [sys.executable, "-c", starved, "label", str(many), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "no space left while writing" in done.stderr
+    assert "run the same command again" in done.stderr
+    saved = rows(tmp_path / "out")
+    assert 0 < len(saved) < 392
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    process = start(many, options)
+    assert process.wait() == 0
+    assert len(rows(tmp_path / "out")) == 392
+    assert saved.items() <= rows(tmp_path / "out").items()
