@@ -39,3 +39,5 @@ format: setup  ## bring the sources into the one format
 
 bench: setup  ## measure labelling against a plain open_clip loop; writes benchmarks/results
 	$(BIN)/python -m benchmarks.label
+	$(BIN)/python -m benchmarks.label_memory
+	$(BIN)/python -m benchmarks.report

@@ -33,18 +33,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from cliplet.machine import CPU_FLAGS, cpu_flags, cpu_quota, memory_bytes, usable_cores
+
 Status = Literal["ok", "missing", "broken", "note"]
 CHILD_TIMEOUT_S = 60
-# Instruction sets that change the speed of an encoder, by their names in /proc/cpuinfo.
-CPU_FLAGS = {
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx512_vnni": "AVX-512 VNNI (int8)",
-    "avx512_bf16": "AVX-512 BF16",
-    "amx_bf16": "AMX BF16",
-    "amx_int8": "AMX int8",
-    "asimd": "NEON",
-}
 # 8 x 8 pixels of one red, as a baseline JPEG.
 TINY_JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDACgcHiMeGSgjISMtKygwPGRBPDc3PHtYXUlkkYCZlo+AjIqgtObDoKrarYqMyP/L2u71"
@@ -131,13 +123,6 @@ def find_chromium() -> Path | None:
     """The Chromium that the browser tests would drive, or None."""
     found = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     return Path(found) if found else None
-
-
-def usable_cores() -> int:
-    """Cores this process may really use: its affinity, or less where its control group has a quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cpu_quota()
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
 def one_node_model() -> bytes:
@@ -253,11 +238,11 @@ def _machine() -> Iterator[Finding]:
         "machine", "Python", "ok" if fine else "broken", version, "" if fine else "use Python 3.11 or newer"
     )
     yield Finding("machine", "system", "note", f"{platform.system()} {platform.machine()}")
-    quota = _cpu_quota()
+    quota = cpu_quota()
     limits = f"{os.cpu_count()} in the machine" + (f", quota {quota:g}" if quota is not None else "")
     yield Finding("machine", "cores", "ok", f"{usable_cores()} usable ({limits})")
     yield from _memory()
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if flags is None:
         yield Finding("machine", "CPU", "note", "instruction sets not known on this system")
     else:
@@ -267,63 +252,16 @@ def _machine() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    gib = 2**30
-    info = Path("/proc/meminfo")
-    if not info.exists():
+    known = memory_bytes()
+    if known is None:
         yield Finding("machine", "memory", "note", "not known on this system")
         return
-    sizes = {
-        k: int(v.split()[0]) * 1024 for k, v in (line.split(":") for line in info.read_text().splitlines())
-    }
-    limit = min((v for v in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes")), default=None)
-    capped = limit is not None and limit < sizes["MemTotal"]
-    limited = f", limited to {limit / gib:.1f}" if capped and limit is not None else ""
-    detail = f"{sizes['MemTotal'] / gib:.1f} GiB, {sizes['MemAvailable'] / gib:.1f} available{limited}"
-    yield Finding("machine", "memory", "ok", detail)
-
-
-def _cpu_flags() -> set[str] | None:
-    info = Path("/proc/cpuinfo")
-    match = (
-        re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    gib = 2**30
+    total, available, limit = known
+    limited = f", limited to {limit / gib:.1f}" if limit is not None and limit < total else ""
+    yield Finding(
+        "machine", "memory", "ok", f"{total / gib:.1f} GiB, {available / gib:.1f} available{limited}"
     )
-    return set(match[1].split()) if match else None
-
-
-def _cgroup_values(controller: str, name_v2: str, name_v1: str) -> Iterator[float]:
-    """The limits that control groups of version 2 or 1 set on this process, its own group and all above."""
-    membership = Path("/proc/self/cgroup")
-    root = Path("/sys/fs/cgroup")
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            base, name = root, name_v2
-        elif controller in controllers.split(","):
-            base, name = root / controller, name_v1
-        else:
-            continue
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(base):
-                break
-            yield from _limit(folder / name)
-
-
-def _limit(file: Path) -> Iterator[float]:
-    """The number that a control group's file sets as a limit, if it does; a quota as a share of its period."""
-    try:
-        words = file.read_text().split()
-    except OSError:
-        return
-    if file.name == "cpu.cfs_quota_us":
-        words.append(file.with_name("cpu.cfs_period_us").read_text())
-    if not words or words[0] in ("max", "-1"):
-        return
-    yield float(words[0]) / float(words[1]) if len(words) > 1 else float(words[0])
-
-
-def _cpu_quota() -> float | None:
-    return min(_cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"), default=None)
 
 
 def _gpus() -> Iterator[Finding]:

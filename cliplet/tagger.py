@@ -5,11 +5,9 @@ Legend: B images, V views, C classes.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from time import perf_counter
 from types import TracebackType
@@ -22,109 +20,14 @@ from cliplet.contract import SNIPPETS
 from cliplet.errors import DataError, EnvironmentError_, UsageError
 from cliplet.images import ImageRef, decode_image, read_image
 from cliplet.labels import LabelRecord
-from cliplet.model_spec import ModelSpec, parse_model_spec
+from cliplet.plan import Plan, TaggerSettings, make_plan
 from cliplet.runners import Runner
-from cliplet.views import Aggregation, Preprocessing, Views, place_on_canvas
-from cliplet.vocabulary import Vocabulary, prompt_set, read_vocabulary
+from cliplet.views import Preprocessing, place_on_canvas
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("cliplet")
-DEFAULT_VIEWS = "1+3x3"
-# Where nothing was calibrated. Softmax scores of present objects usually lie above it; it is only a start.
-DEFAULT_THRESHOLD = 0.3
-# Views in one batch: enough to fill the engine's matrix products, few enough to stay within a few hundred MB.
-VIEWS_PER_BATCH = 32
-RUNTIMES = ("onnx", "torch")
-DEVICES = ("cpu", "cuda")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaggerSettings:
-    """Which model labels, with which names, looking where.
-
-    Attributes:
-        model: see `cliplet.model_spec`.
-        classes: a class file, or names separated by commas; needed unless the model brings its own.
-        prompts: a prompt set's name, or templates with {} in them separated by `|`.
-        views: such as `1`, `1+2x2`, `1+3x3`.
-        aggregate, zeta: see `cliplet.views.Aggregation`.
-        threshold: score from which on a class is a label; by default the model's own, if it was calibrated.
-        runtime: `onnx` (onnxruntime) or `torch` (eager, the reference).
-        threads: of the engine; 0 means one a core.
-    """
-
-    model: str = "tiny"
-    classes: str | None = None
-    prompts: str | None = None
-    views: str = DEFAULT_VIEWS
-    aggregate: str = "cdul"
-    zeta: float = 0.0
-    threshold: float | None = None
-    runtime: str = "onnx"
-    device: str = "cpu"
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("runtime", self.runtime, RUNTIMES), ("device", self.device, DEVICES)):
-            if value not in known:
-                raise UsageError(f"{name} {value!r}", f"one of {', '.join(known)}", f"--{name} {known[0]}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise UsageError(f"threshold {self.threshold}", "a score between 0 and 1", "--threshold 0.3")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided before an engine is loaded: what a run does, and what its results depend on."""
-
-    settings: TaggerSettings
-    spec: ModelSpec
-    vocabulary: Vocabulary
-    views: Views
-    aggregation: Aggregation
-    thresholds: tuple[float, ...]
-    threshold_source: str
-    bundle: Bundle | None
-    calibrated: dict[str, Any]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for two runs to give the same scores and labels."""
-        return {
-            "model": self.bundle.manifest.identity if self.bundle else self.spec.identity(),
-            "vocabulary": self.vocabulary.to_json(),
-            "views": str(self.views),
-            "aggregation": self.aggregation.to_json(),
-            "thresholds": list(self.thresholds),
-            "runtime": f"{self.settings.runtime}/{self.settings.device}",
-        }
-
-    @property
-    def images_per_batch(self) -> int:
-        """Images that make a batch of about VIEWS_PER_BATCH views."""
-        return max(1, VIEWS_PER_BATCH // self.views.count)
-
-
-def plan(settings: TaggerSettings) -> Plan:
-    """Everything about a tagger that can be known, and refused, without loading an engine.
-
-    Raises:
-        UsageError, DataError, ArtifactError: the model, classes, prompts, views or thresholds are no good.
-    """
-    spec = parse_model_spec(settings.model)
-    views = Views.parse(settings.views)
-    aggregation = Aggregation(settings.aggregate, settings.zeta)
-    bundle = Bundle.load(spec.bundle) if spec.bundle else None
-    if bundle is not None:
-        vocabulary = _bundle_vocabulary(bundle, settings)
-        aggregation = Aggregation(**bundle.manifest.aggregation)
-        calibrated = dict(bundle.manifest.thresholds)
-    else:
-        vocabulary = _chosen_vocabulary(spec, settings)
-        calibrated = _calibrated_thresholds(spec)
-    value, source = _threshold(settings, str(views), calibrated)
-    thresholds = (value,) * len(vocabulary.names)
-    return Plan(settings, spec, vocabulary, views, aggregation, thresholds, source, bundle, calibrated)
 
 
 class Tagger:
@@ -233,7 +136,7 @@ def load(model: str = "tiny", **settings: Any) -> Tagger:
     >>> tagger = cliplet.load("tiny", classes="cat, dog", views="1+3x3")
     >>> tagger.label(["photo.jpg"])[0].labels
     """
-    return load_plan(plan(TaggerSettings(model=model, **settings)))
+    return load_plan(make_plan(TaggerSettings(model=model, **settings)))
 
 
 def load_plan(chosen: Plan) -> Tagger:
@@ -292,46 +195,3 @@ def _lacks(happened: str) -> EnvironmentError_:
         "torch and open_clip, or a bundle that was exported elsewhere",
         "pip install 'cliplet[export]'",
     )
-
-
-def _bundle_vocabulary(bundle: Bundle, settings: TaggerSettings) -> Vocabulary:
-    vocabulary = bundle.manifest.vocabulary
-    if settings.classes is not None and read_vocabulary(settings.classes).names != vocabulary.names:
-        raise UsageError(
-            f"the bundle {bundle.folder} was made for {len(vocabulary.names)} classes, --classes names others",
-            f"the classes in it: {', '.join(vocabulary.names[:8])}, …",
-            "leave out --classes, or use the original model",
-        )
-    return vocabulary
-
-
-def _chosen_vocabulary(spec: ModelSpec, settings: TaggerSettings) -> Vocabulary:
-    prompts = prompt_set(settings.prompts) if settings.prompts else None
-    if settings.classes is not None:
-        return read_vocabulary(settings.classes, prompts)
-    own = spec.folder / "classes.txt" if spec.folder else None
-    if own is None or not own.is_file():
-        raise UsageError(
-            f"{spec} brings no class names of its own",
-            "a class file with one name a line, or names separated by commas",
-            "--classes classes.txt, or --classes 'cat,dog,person'",
-        )
-    return read_vocabulary(str(own), prompts)
-
-
-def _calibrated_thresholds(spec: ModelSpec) -> dict[str, Any]:
-    """What a model's folder says of thresholds: for each way to look a value, and how it was found."""
-    file = spec.folder / "thresholds.json" if spec.folder else None
-    if file is None or not file.is_file():
-        return {}
-    calibrated: dict[str, Any] = json.loads(file.read_text())
-    return calibrated
-
-
-def _threshold(settings: TaggerSettings, views: str, calibrated: dict[str, Any]) -> tuple[float, str]:
-    if settings.threshold is not None:
-        return settings.threshold, "given"
-    usual = settings.aggregate == "cdul" and settings.zeta == 0
-    if usual and views in calibrated:
-        return float(calibrated[views]["value"]), f"calibrated with the model: {calibrated[views]['how']}"
-    return DEFAULT_THRESHOLD, "a default that was not calibrated for this model; choose one with --threshold"

@@ -32,11 +32,11 @@ def tagger_options(command: C) -> C:
         click.option("--classes", help="Class file (one `name: synonym, synonym` a line), or names separated by commas. Default: the model's own."),
         click.option("--prompts", help="Prompt set (photo, ensemble7, plain), or templates with {} separated by |."),
         click.option("--views", default="1+3x3", show_default=True, help="Where to look: 1, 1+2x2, 1+3x3, 1+2x2+3x3+4x4, …"),
-        click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), default="cdul", show_default=True, help="How the views' probabilities become one score."),
-        click.option("--zeta", type=float, default=0.0, show_default=True, help="cdul: local maximum where it reaches this, local minimum elsewhere."),
+        click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), help="How the views' probabilities become one score. Default: cdul, or the bundle's."),
+        click.option("--zeta", type=float, help="cdul: local maximum where it reaches this, local minimum elsewhere. Default: 0."),
         click.option("--threshold", type=float, help="Score from which on a class is a label. Default: the model's own."),
-        click.option("--runtime", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--runtime", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help="onnxruntime, or eager torch: the reference."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Refused, never replaced, if it cannot be used."),
         click.option("--threads", type=int, default=0, help="Threads of the engine (0: one a core)."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -67,7 +67,7 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
     continues a run that was stopped or killed.
     """
     from cliplet.errors import ObjectiveError
-    from cliplet.tagger import TaggerSettings
+    from cliplet.plan import TaggerSettings
 
     from . import label as labelling
 

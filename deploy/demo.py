@@ -15,9 +15,9 @@ import numpy as np
 
 from cliplet.labels import read_labels, read_run
 from cliplet.metrics import mean_average_precision, micro_f1
+from cliplet.plan import DEFAULT_VIEWS, TaggerSettings
 from cliplet.scene_files import write_scenes
 from cliplet.scenes import scene_world
-from cliplet.tagger import DEFAULT_VIEWS, TaggerSettings
 
 from .gallery import GalleryOptions, GallerySummary, write_gallery
 from .label import LabelJob, LabelResult, label

@@ -28,8 +28,10 @@ from cliplet.errors import ClipletError, DataError, ObjectiveError, UsageError
 from cliplet.images import MAX_PIXELS, ImageError, ImageRef, Picture, decode_image, read_image
 from cliplet.labels import RUN_SCHEMA_VERSION, ErrorRecord, LabelRecord, LabelStore
 from cliplet.listing import Listing, find_images
+from cliplet.machine import usable_cores
+from cliplet.plan import Plan, TaggerSettings, make_plan
 from cliplet.progress import ProgressBar
-from cliplet.tagger import Plan, Tagger, TaggerSettings, load_plan, plan
+from cliplet.tagger import Tagger, load_plan
 
 # A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
 PART_ROWS = 2048
@@ -107,7 +109,7 @@ class DryRun:
 
 def dry_run(job: LabelJob) -> DryRun:
     """What `label` would do for `job`; raises what it would raise before the first image."""
-    chosen = plan(job.tagger)
+    chosen = make_plan(job.tagger)
     listing = find_images(job.sources)
     inputs = min(len(listing.images), job.limit or len(listing.images))
     return DryRun(listing, inputs, chosen, job.batch_size or chosen.images_per_batch)
@@ -124,7 +126,7 @@ def label(job: LabelJob) -> LabelResult:
         EnvironmentError_: the output cannot be written; what was written before is kept.
         ObjectiveError: more inputs failed than `max_error_rate` allows; all rows are written.
     """
-    chosen = plan(job.tagger)
+    chosen = make_plan(job.tagger)
     listing = find_images(job.sources)
     images = listing.images[: job.limit]
     with LabelStore(job.out) as store:
@@ -228,7 +230,7 @@ def _batches(
 ) -> Iterator[list[_Loaded]]:
     """Decoded batches of unfinished inputs in order, a few of them ahead of the engine."""
     size = job.batch_size or tagger.plan.images_per_batch
-    workers = job.workers or len(os.sched_getaffinity(0))
+    workers = job.workers or usable_cores()
     ahead = 1 + -(-2 * workers // size)
     waiting: deque[list[Future[_Loaded]]] = deque()
     pool = ThreadPoolExecutor(workers, "decode")

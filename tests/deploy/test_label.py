@@ -23,7 +23,8 @@ import cliplet
 from cliplet.deploy import label as labelling
 from cliplet.errors import DataError, EnvironmentError_
 from cliplet.labels import LabelStore, read_errors, read_labels, read_run
-from cliplet.tagger import Tagger, TaggerSettings
+from cliplet.plan import TaggerSettings
+from cliplet.tagger import Tagger
 
 CLASSES = "cat,dog,bird,person"
 
