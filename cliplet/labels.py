@@ -124,10 +124,11 @@ class LabelStore:
             self._lock = None
 
     def begin(self, run: dict[str, Any], *, overwrite: bool = False) -> None:
-        """Start the job `run`, or continue it if the folder already holds one with the same fingerprint."""
+        """Start the job `run`, or continue it if the folder holds rows of one with the same fingerprint."""
+        has_rows = self.errors_file.exists() or any(self.parts_folder.glob("part-*.parquet"))
         if overwrite:
             self._clear()
-        elif self.run_file.exists():
+        elif self.run_file.exists() and has_rows:
             self._refuse_other_job(run["fingerprint"])
             return
         write_atomically(self.run_file, json.dumps(run, indent=2, ensure_ascii=False).encode())

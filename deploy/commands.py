@@ -164,8 +164,8 @@ def _tell_dry_run(found: Any, as_json: bool) -> None:
     click.echo("dry run: nothing was loaded, nothing was written")
     for name, value in facts.items():
         click.echo(f"  {name:<17} {value}")
-    for ref in run.listing.images[:3]:
-        click.echo(f"  first inputs      {ref.path}")
+    for ref in run.listing.images[: min(3, run.inputs)]:
+        click.echo(f"  input             {ref.path}")
 
 
 def _tell_result(job: LabelJob, result: LabelResult | None, as_json: bool) -> None:

@@ -149,7 +149,6 @@ def label(job: LabelJob) -> LabelResult:
                             interrupted = True
                             break
         progress.flush()
-        store.write_errors(progress.errors)
     wanted = {ref.path for ref in images}
     failed = sum(e.path in wanted for e in progress.errors)
     result = LabelResult(
@@ -174,7 +173,6 @@ class _Progress:
         self._errors = {e.path: e for e in errors}
         self._settled = set() if retry else set(self._errors)
         self._waiting: list[LabelRecord] = []
-        self._unwritten_errors = 0
         self._flushed = monotonic()
 
     @classmethod
@@ -195,7 +193,6 @@ class _Progress:
         for row in rows:
             self._errors.pop(row.path, None)
         self._errors.update((e.path, e) for e in errors)
-        self._unwritten_errors += len(errors)
         if len(self._waiting) >= PART_ROWS or monotonic() - self._flushed >= PART_SECONDS:
             self.flush()
 
@@ -204,9 +201,8 @@ class _Progress:
         if self._waiting:
             self._store.write_part(self._waiting)
             self.labelled.update(row.path for row in self._waiting)
-        if self._waiting or self._unwritten_errors:
-            self._store.write_errors(self.errors)
-        self._waiting, self._unwritten_errors, self._flushed = [], 0, monotonic()
+        self._store.write_errors(self.errors)
+        self._waiting, self._flushed = [], monotonic()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,13 @@ def test_another_job_is_refused_and_told_apart(tmp_path: Path) -> None:
     assert read_run(tmp_path)["fingerprint"]["model"] == "b"
 
 
+def test_a_job_that_never_wrote_a_row_is_no_obstacle(tmp_path: Path) -> None:
+    with LabelStore(tmp_path) as store:
+        store.begin({**RUN, "fingerprint": {"model": "with a typing error"}})
+        store.begin(RUN)
+    assert read_run(tmp_path) == RUN
+
+
 def test_a_folder_without_labels(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no labels in"):
         read_run(tmp_path)
