@@ -184,7 +184,7 @@ def time_cliplet(paths: Sequence[Path], views: Views, in_memory: bool) -> tuple[
             result = label(job)
             return result.seconds, result.labelled
     with load(settings.model, classes=CLASSES, views=str(views)) as tagger:
-        pictures = [decode_image(path.read_bytes(), fit=tagger.fit).pixels for path in paths]
+        pictures = [decode_image(path.read_bytes(), **tagger.room) for path in paths]
         step = tagger.plan.images_per_batch
         batches = [pictures[i : i + step] for i in range(0, len(pictures), step)]
         seconds, _ = _timed(lambda batch: tagger.score(batch), batches)

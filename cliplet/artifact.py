@@ -15,14 +15,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cliplet.errors import ArtifactError, EnvironmentError_
+from cliplet.errors import ArtifactError, explained_os_errors
 from cliplet.model_spec import MANIFEST_NAME, ModelSpec, file_sha256
 from cliplet.views import Aggregation, Preprocessing
 from cliplet.vocabulary import Vocabulary
@@ -131,10 +131,12 @@ class Bundle:
         """
         file = folder / MANIFEST_NAME
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"cannot read {file}: {error}", "a bundle's manifest", "export again"
+                f"cannot read {file}: {error}",
+                "a bundle's manifest",
+                f"rm -r {folder}, then the same command again",
             ) from error
         manifest = Manifest.from_json(data, str(file))
         for name, listed in manifest.files.items():
@@ -142,7 +144,9 @@ class Bundle:
             if not path.is_file() or file_sha256(path) != listed.sha256:
                 state = "has changed since it was written" if path.is_file() else "is missing"
                 raise ArtifactError(
-                    f"{path} {state}", f"sha256 {listed.sha256}", "remove the folder and export again"
+                    f"{path} {state}",
+                    f"sha256 {listed.sha256}",
+                    f"rm -r {folder}, then the same command again",
                 )
         return cls(folder, manifest)
 
@@ -152,7 +156,7 @@ class Bundle:
 
         A reader finds no bundle or a whole one. If another process was faster, its bundle stays.
         """
-        (staged / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=2, ensure_ascii=False))
+        (staged / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=2), encoding="utf-8")
         with suppress(OSError):
             os.replace(staged, folder)
         return cls.load(folder)
@@ -189,26 +193,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cliplet"
 
 
-class staging_folder:
-    """Context with an empty folder beside `target`, removed at the end unless it was moved into place."""
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Context with an empty folder beside `target`, removed at the end unless it was moved into place.
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
+    Raises:
+        EnvironmentError_: it cannot be made, or the disk is full.
+    """
+    with explained_os_errors(target, "set CLIPLET_CACHE to a folder that can be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
-        except OSError as error:
-            raise EnvironmentError_(
-                f"cannot write to {self.target.parent}: {error.strerror}",
-                "a folder for graphs that can be written",
-                "set CLIPLET_CACHE to one",
-            ) from error
-        return self.folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def library_versions() -> dict[str, str]:

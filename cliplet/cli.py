@@ -18,9 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 import click
 
 from cliplet import __version__
-from cliplet.errors import ClipletError
+from cliplet.errors import INTERRUPTED, ClipletError, EnvironmentError_
 
-INTERRUPTED = 130
 # The order in which a user meets them.
 VERBS = {
     "doctor": "Say what this machine can do, and what to install for the rest.",
@@ -43,14 +42,7 @@ class Verbs(click.Group):
         found = _entry_points().get(cmd_name)
         if found is None:
             return None
-        try:
-            command: click.Command = found.load()
-        except ImportError as error:
-            raise ClipletError(
-                f"the verb {cmd_name!r} needs {error.name}, which is not installed",
-                "the extra that brings it",
-                "run `cliplet doctor`: it names the extra",
-            ) from error
+        command: click.Command = found.load()
         return command
 
     def resolve_command(
@@ -98,6 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClipletError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        lacking = EnvironmentError_(
+            f"this needs the library {error.name!r}, which is not installed",
+            "the extra of cliplet that brings it",
+            "`cliplet doctor` names it; pip install 'cliplet[edge]' is what labelling needs",
+        )
+        click.echo(f"error: {lacking}", err=True)
+        return lacking.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED

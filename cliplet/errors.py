@@ -13,6 +13,14 @@ Every message has up to three parts: what happened, what was expected, and the o
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Exit code of a run that was interrupted with its work saved; no error stands for it.
+INTERRUPTED = 130
+
 
 class ClipletError(Exception):
     """Base of all errors that cliplet raises on purpose.
@@ -68,3 +76,20 @@ class ObjectiveError(ClipletError):
     """An error rate or a latency objective was exceeded."""
 
     exit_code = 4
+
+
+@contextmanager
+def explained_os_errors(path: Path, fix: str = "choose another --out") -> Iterator[None]:
+    """Context in which the system's refusal to write `path` becomes an `EnvironmentError_` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EnvironmentError_(
+                f"no space left while writing {path} ({error.strerror})",
+                "room for the output; what was written before is whole and kept",
+                "free some space, then run the same command again to continue",
+            ) from error
+        raise EnvironmentError_(
+            f"cannot write {path}: {error.strerror or error}", "a folder that can be created and written", fix
+        ) from error

@@ -49,6 +49,7 @@ __all__ = [
     "read_image",
 ]
 
+LONGEST_SIDE = 2048  # of a panorama whose shorter side wants more room
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, stops by itself
 
 _READERS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
@@ -128,6 +129,23 @@ class Picture:
     height: int
 
 
+@dataclass(frozen=True)
+class _Room:
+    """How large an image may be: its longer side at most `fit`, its shorter not below `short`."""
+
+    fit: int
+    short: int
+
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height shrunk to this room, aspect kept, neither below 1."""
+        shorter, longer = sorted((width, height))
+        wanted = max(self.fit, round(self.short * longer / shorter))
+        limit = min(wanted, max(self.fit, LONGEST_SIDE))
+        if longer <= limit:
+            return width, height
+        return max(1, round(width * limit / longer)), max(1, round(height * limit / longer))
+
+
 def read_image(ref: ImageRef) -> bytes:
     """The bytes of an input, as they lie in its file or archive.
 
@@ -143,8 +161,11 @@ def read_image(ref: ImageRef) -> bytes:
         raise ImageError("read", reason) from error
 
 
-def decode_image(data: bytes, *, fit: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def decode_image(data: bytes, *, fit: int, short: int = 0, max_pixels: int = MAX_PIXELS) -> Picture:
     """The pixels of an encoded image, upright, shrunk so that the longer side is at most `fit`.
+
+    The shorter side is not shrunk below `short`, at the price of a longer side beyond `fit`; a panorama ends at
+    `LONGEST_SIDE` all the same.
 
     An image that fits already keeps its exact pixels. Transparency is laid over white; of an animation the
     first frame is taken; gray deeper than 8 bits is scaled to 8.
@@ -159,34 +180,41 @@ def decode_image(data: bytes, *, fit: int, max_pixels: int = MAX_PIXELS) -> Pict
     reader = _reader(data)
     _mute_pillow()
     try:
-        return _decode(reader, data, fit, max_pixels)
+        return _decode(reader, data, _Room(fit, short), max_pixels)
     except Image.DecompressionBombError as error:
         raise ImageError("decode", f"decompression bomb: {error}") from error
     except _DECODER_ERRORS as error:
         essential = _essential_png(data) if reader is PngImageFile else data
         if essential != data:
-            return decode_image(essential, fit=fit, max_pixels=max_pixels)
+            return decode_image(essential, fit=fit, short=short, max_pixels=max_pixels)
         raise ImageError("decode", _explained(error, str(reader.format))) from error
 
 
-def _decode(reader: type[ImageFile], data: bytes, fit: int, max_pixels: int) -> Picture:
+def _decode(reader: type[ImageFile], data: bytes, room: _Room, max_pixels: int) -> Picture:
     image = reader(io.BytesIO(data))  # parses the header alone
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
             "decode",
-            f"decompression bomb: {width * height:,} pixels, at most {max_pixels:,} (raise with --max-pixels)",
+            f"decompression bomb: {width * height:,} pixels, at most {max_pixels:,} (raise with --max-pixels and --retry-failed)",
         )
     if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
-        pixels = _jpeg_pixels(data, image, fit)
+        pixels = _jpeg_pixels(data, image, room)
     else:
-        pixels = _shrunk(_rgb(image), _fitted(*image.size, fit))
+        pixels = _shrunk(_rgb(image), room.fitted(*image.size))
         width, height = image.size
     # Pillow turns a TIFF while it loads it.
     orientation = 1 if isinstance(image, TiffImageFile) else _orientation(image.info.get("exif", b""))
     if orientation >= 5:
         width, height = height, width
     return Picture(_turned(pixels, orientation), width, height)
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image, uint8 [H,W,3] RGB: turned as its EXIF data says, transparency over white."""
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    pixels = np.array(_rgb(image))
+    return _turned(pixels, orientation if orientation in range(1, 9) else 1)
 
 
 # Reading
@@ -243,17 +271,17 @@ def _mute_pillow() -> None:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _jpeg_pixels(data: bytes, header: JpegImageFile, fit: int) -> np.ndarray:
-    """The pixels of a gray or RGB JPEG as stored, shrunk to `fit`; [height, width, 3].
+def _jpeg_pixels(data: bytes, header: JpegImageFile, room: _Room) -> np.ndarray:
+    """The pixels of a gray or RGB JPEG as stored, shrunk to its room; [height, width, 3].
 
     libjpeg goes on after damage and only warns, so warnings are errors here. Those that leave the pixels
     whole (stray bytes after a scan, a bad colour profile, headers that some phones write) get a second
     chance with Pillow, which still refuses a file that ends too early.
     """
-    size = _fitted(*header.size, fit)
+    size = room.fitted(*header.size)
     # Scaling inside the DCT is nearly free: take the smallest of its sizes that is not yet too small.
     longer = "min_width" if header.width >= header.height else "min_height"
-    smallest = {longer: round(fit * _DCT_MARGIN)} if size != header.size else {}
+    smallest = {longer: round(max(size) * _DCT_MARGIN)} if size != header.size else {}
     try:
         return _shrunk(simplejpeg.decode_jpeg(data, "RGB", **smallest), size)
     except ValueError as error:
@@ -320,14 +348,6 @@ def _value_range(values: np.ndarray, image: Image.Image) -> tuple[float, float]:
             if high <= white:
                 return 0.0, white
     return low, max(high, low + 1.0)
-
-
-def _fitted(width: int, height: int, fit: int) -> tuple[int, int]:
-    """Width and height shrunk so that the longer is at most `fit`, aspect kept, neither below 1."""
-    longer = max(width, height)
-    if longer <= fit:
-        return width, height
-    return max(1, round(width * fit / longer)), max(1, round(height * fit / longer))
 
 
 def _shrunk(image: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:

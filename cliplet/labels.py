@@ -14,7 +14,6 @@ Legend: C classes.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -28,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cliplet.errors import ArtifactError, DataError, EnvironmentError_, UsageError
+from cliplet.errors import ArtifactError, DataError, EnvironmentError_, UsageError, explained_os_errors
 
 LABELS_SCHEMA = pa.schema(
     [
@@ -106,9 +105,15 @@ class LabelStore:
             self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(self._lock)
             self._lock = None
+            if not isinstance(error, BlockingIOError):
+                raise EnvironmentError_(
+                    f"cannot lock {self.folder}: {error.strerror}",
+                    "a file system that knows locks, so that two runs cannot write one folder",
+                    "choose another --out, on a local disk",
+                ) from error
             raise UsageError(
                 f"another run is writing to {self.folder}",
                 "one run at a time in one output folder",
@@ -125,13 +130,24 @@ class LabelStore:
 
     def begin(self, run: dict[str, Any], *, overwrite: bool = False) -> None:
         """Start the job `run`, or continue it if the folder holds rows of one with the same fingerprint."""
-        has_rows = self.errors_file.exists() or any(self.parts_folder.glob("part-*.parquet"))
+        for leftover in self._leftovers():
+            leftover.unlink()
         if overwrite:
             self._clear()
-        elif self.run_file.exists() and has_rows:
-            self._refuse_other_job(run["fingerprint"])
+        elif self.has_rows():
+            self.refuse_other_job(run["fingerprint"])
             return
-        write_atomically(self.run_file, json.dumps(run, indent=2, ensure_ascii=False).encode())
+        write_atomically(self.run_file, json.dumps(run, indent=2).encode())
+
+    def has_rows(self) -> bool:
+        """Whether an earlier run wrote anything here."""
+        return self.errors_file.exists() or any(self.parts_folder.glob("part-*.parquet"))
+
+    def _leftovers(self) -> list[Path]:
+        """Files that a killed run had not finished; others' files are left alone."""
+        whole = (self.run_file, self.errors_file)
+        half = [path.with_name(path.name + ".tmp") for path in whole]
+        return [path for path in half if path.exists()] + list(self.parts_folder.glob("part-*.parquet.tmp"))
 
     def _clear(self) -> None:
         for part in self.parts_folder.glob("part-*"):
@@ -139,7 +155,8 @@ class LabelStore:
         self.errors_file.unlink(missing_ok=True)
         self.run_file.unlink(missing_ok=True)
 
-    def _refuse_other_job(self, fingerprint: dict[str, Any]) -> None:
+    def refuse_other_job(self, fingerprint: dict[str, Any]) -> None:
+        """Raise `UsageError` unless the rows here are of the job with this fingerprint."""
         before = read_run(self.folder)["fingerprint"]
         changed = sorted(k for k in fingerprint.keys() | before.keys() if fingerprint.get(k) != before.get(k))
         if changed:
@@ -177,9 +194,7 @@ class LabelStore:
         _write_table(self.errors_file, pa.Table.from_arrays(arrays, schema=ERRORS_SCHEMA))
 
     def labelled_paths(self) -> set[str]:
-        """Paths of all rows written so far. Leftovers of a killed run are removed on the way."""
-        for leftover in [*self.parts_folder.glob("*.tmp"), *self.folder.glob("*.tmp")]:
-            leftover.unlink()
+        """Paths of all rows written so far."""
         return {
             path
             for part in sorted(self.parts_folder.glob("part-*.parquet"))
@@ -205,7 +220,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "a folder that `cliplet label` wrote",
             f"cliplet label IMAGES --out {folder}",
         )
-    run: dict[str, Any] = json.loads(file.read_text())
+    run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if run.get("schema") != RUN_SCHEMA_VERSION:
         raise ArtifactError(
             f"{file} has schema {run.get('schema')}",
@@ -245,32 +260,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-
-
-class explained_os_errors:
-    """Context in which the system's refusal to write becomes an `EnvironmentError_` that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, OSError):
-            return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EnvironmentError_(
-                f"no space left while writing {self.path} ({error.strerror})",
-                "room for the output; what was written before is whole and kept",
-                "free some space, then run the same command again to continue",
-            ) from error
-        raise EnvironmentError_(
-            f"cannot write {self.path}: {error.strerror or error}",
-            "a folder that can be created and written",
-            "choose another --out",
-        ) from error
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -6,7 +6,7 @@ Legend: C classes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cliplet.artifact import Bundle
@@ -54,6 +54,10 @@ class TaggerSettings:
         for name, value, known in (("runtime", self.runtime, RUNTIMES), ("device", self.device, DEVICES)):
             if value not in known:
                 raise UsageError(f"{name} {value!r}", f"one of {', '.join(known)}", f"--{name} {known[0]}")
+        if self.threads < 0:
+            raise UsageError(
+                f"--threads {self.threads}", "a whole number from 0 on", "--threads 0 means one a core"
+            )
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold {self.threshold}", "a score between 0 and 1", "--threshold 0.3")
 
@@ -105,7 +109,7 @@ def make_plan(settings: TaggerSettings) -> Plan:
     else:
         vocabulary = _chosen_vocabulary(spec, settings)
         aggregation = _asked_aggregation(settings, Aggregation())
-        calibrated = _calibrated_thresholds(spec)
+        calibrated = _calibrated_thresholds(spec, vocabulary)
     value, source = _threshold(settings, str(views), aggregation, calibrated)
     thresholds = (value,) * len(vocabulary.names)
     return Plan(settings, spec, vocabulary, views, aggregation, thresholds, source, bundle, calibrated)
@@ -144,22 +148,32 @@ def _chosen_vocabulary(spec: ModelSpec, settings: TaggerSettings) -> Vocabulary:
     prompts = prompt_set(settings.prompts) if settings.prompts else None
     if settings.classes is not None:
         return read_vocabulary(settings.classes, prompts)
-    own = spec.folder / "classes.txt" if spec.folder else None
-    if own is None or not own.is_file():
+    own = _own_vocabulary(spec)
+    if own is None:
         raise UsageError(
             f"{spec} brings no class names of its own",
             "a class file with one name a line, or names separated by commas",
             "--classes classes.txt, or --classes 'cat,dog,person'",
         )
-    return read_vocabulary(str(own), prompts)
+    return own if prompts is None else replace(own, prompts=prompts)
 
 
-def _calibrated_thresholds(spec: ModelSpec) -> dict[str, Any]:
-    """What a model's folder says of thresholds: for each way to look a value, and how it was found."""
+def _own_vocabulary(spec: ModelSpec) -> Vocabulary | None:
+    """The class names that lie beside a model's weights."""
+    file = spec.folder / "classes.txt" if spec.folder else None
+    return read_vocabulary(str(file)) if file and file.is_file() else None
+
+
+def _calibrated_thresholds(spec: ModelSpec, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a model's folder says of thresholds: for each way to look a value, and how it was found.
+
+    They were found for the model's own classes and prompts; softmax scores among others mean something else.
+    """
+    own = _own_vocabulary(spec)
     file = spec.folder / "thresholds.json" if spec.folder else None
-    if file is None or not file.is_file():
+    if own is None or file is None or not file.is_file() or own.to_json() != vocabulary.to_json():
         return {}
-    calibrated: dict[str, Any] = json.loads(file.read_text())
+    calibrated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return calibrated
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from cliplet.artifact import MODEL_FILE, Bundle, SnippetsJob
 from cliplet.contract import SNIPPETS
 from cliplet.errors import DataError, EnvironmentError_, UsageError
-from cliplet.images import ImageRef, decode_image, read_image
+from cliplet.images import ImageRef, Picture, decode_image, read_image, upright_rgb
 from cliplet.labels import LabelRecord
 from cliplet.plan import Plan, TaggerSettings, make_plan
 from cliplet.runners import Runner
@@ -59,14 +59,14 @@ class Tagger:
         return self.plan.vocabulary.names
 
     @property
-    def fit(self) -> int:
-        """Longest side in pixels to which images may be shrunk when they are decoded."""
-        return self.plan.views.fit(self.preprocessing)
+    def room(self) -> dict[str, int]:
+        """How far images may be shrunk: `fit` and `short` of `decode_image`, in pixels."""
+        return self.plan.views.room(self.preprocessing)
 
     def score(
-        self, pictures: Sequence[np.ndarray], boxes: Sequence[np.ndarray] | None = None
+        self, pictures: Sequence[Picture], boxes: Sequence[np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """`scores` float32 [B, C] and `view_probs` float32 [B, V, C] of images uint8 [h, w, 3] RGB.
+        """`scores` float32 [B, C] and `view_probs` float32 [B, V, C] of decoded images.
 
         Args:
             boxes: float32 [v, 4] for each image, in its pixels, to look at in place of the grids.
@@ -74,7 +74,8 @@ class Tagger:
         Raises:
             DataError: a score is not finite.
         """
-        feeds = place_on_canvas(pictures, self.plan.views, self.preprocessing, boxes)
+        pixels, sizes = [p.pixels for p in pictures], [(p.width, p.height) for p in pictures]
+        feeds = place_on_canvas(pixels, self.plan.views, self.preprocessing, boxes, sizes)
         outputs = self.runner.infer(feeds)
         if not np.isfinite(outputs["scores"]).all():
             raise DataError(
@@ -94,40 +95,52 @@ class Tagger:
     ) -> list[LabelRecord]:
         """One record for each image: a path, a PIL image, or an array uint8 [h, w, 3] RGB.
 
-        With `boxes`, images have to be arrays or PIL images, since boxes are in their pixels.
+        With `boxes`, images have to be arrays or PIL images: a file is shrunk while it is decoded, and boxes are
+        in pixels.
 
         Raises:
             DataError: an image cannot be read or decoded.
+            UsageError: boxes for paths, or not one list of boxes for each image.
         """
+        if boxes is not None and (
+            len(boxes) != len(images) or any(isinstance(i, str | os.PathLike) for i in images)
+        ):
+            raise UsageError(
+                f"{len(boxes)} lists of boxes for {len(images)} images",
+                "one for each, and images as arrays or PIL images, since boxes are in their pixels",
+                "open the images first: PIL.Image.open(path)",
+            )
         records = []
         step = self.plan.images_per_batch
         for start in range(0, len(images), step):
             chunk = [self._picture(image) for image in images[start : start + step]]
             began = perf_counter()
             own = None if boxes is None else boxes[start : start + step]
-            scores_BC = self.score([pixels for _, pixels, _ in chunk], own)["scores"]
+            scores_BC = self.score([picture for _, picture in chunk], own)["scores"]
             seconds = (perf_counter() - began) / len(chunk)
-            for (path, _, (width, height)), scores_C in zip(chunk, scores_BC, strict=True):
-                records.append(self.record(path, (width, height), scores_C, seconds))
+            records += [
+                self.record(path, picture, scores_C, seconds)
+                for (path, picture), scores_C in zip(chunk, scores_BC, strict=True)
+            ]
         return records
 
-    def record(self, path: str, size: tuple[int, int], scores_C: np.ndarray, seconds: float) -> LabelRecord:
-        """The row of one scored image of `size` (width, height)."""
-        return LabelRecord(path, *size, self.labels_of(scores_C), scores_C, str(self.plan.spec), seconds)
+    def record(self, path: str, picture: Picture, scores_C: np.ndarray, seconds: float) -> LabelRecord:
+        """The row of one scored image."""
+        labels = self.labels_of(scores_C)
+        return LabelRecord(
+            path, picture.width, picture.height, labels, scores_C, str(self.plan.spec), seconds
+        )
 
-    def _picture(
-        self, image: str | os.PathLike[str] | np.ndarray | Image.Image
-    ) -> tuple[str, np.ndarray, tuple[int, int]]:
+    def _picture(self, image: str | os.PathLike[str] | np.ndarray | Image.Image) -> tuple[str, Picture]:
         if isinstance(image, str | os.PathLike):
             path = os.fspath(image)
-            picture = decode_image(read_image(ImageRef(path, path)), fit=self.fit)
-            return path, picture.pixels, (picture.width, picture.height)
-        pixels = np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+            return path, decode_image(read_image(ImageRef(path, path)), **self.room)
+        pixels = image if isinstance(image, np.ndarray) else upright_rgb(image)
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise DataError(
                 f"an image of {pixels.dtype} {list(pixels.shape)}", "uint8 [height, width, 3], RGB"
             )
-        return "", pixels, (pixels.shape[1], pixels.shape[0])
+        return "", Picture(pixels, pixels.shape[1], pixels.shape[0])
 
 
 def load(model: str = "tiny", **settings: Any) -> Tagger:
@@ -186,6 +199,7 @@ def _exported(chosen: Plan) -> Bundle:
     except ImportError as error:
         raise _lacks(f"{chosen.spec} has to be exported to ONNX first, which needs {error.name}") from error
     bundle: Bundle = export(job)
+    log.info("kept as the bundle %s", bundle.folder)
     return bundle
 
 

@@ -30,7 +30,9 @@ class ImageTower(nn.Module):
         self.visual = clip.visual
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return functional.normalize(self.visual(pixels), dim=-1)
+        pooled = self.visual(pixels)
+        # CoCa's tower also returns its tokens.
+        return functional.normalize(pooled[0] if isinstance(pooled, tuple) else pooled, dim=-1)
 
 
 @dataclass(frozen=True)

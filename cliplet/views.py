@@ -17,11 +17,12 @@ import numpy as np
 
 from cliplet.errors import ArtifactError, UsageError
 
-# No side of a canvas is longer: images are shrunk to fit when they are decoded.
+# Images are shrunk to this longer side when they are decoded, unless the whole-image view needs more.
 MAX_CANVAS = 640
 # Pixels that a canvas offers for each pixel of a view's side. An image that is shrunk twice, to the canvas and
-# then to the view, loses a little; with 2 a ViT-B/32's features kept a cosine of 0.998 to open_clip's own.
-OVERSAMPLING = 3
+# then to the view, loses a little: with 2, a ViT-B/32's features of photographs keep a cosine of 0.99998 to
+# those that open_clip's own transform gives.
+OVERSAMPLING = 2
 # Canvas sides are multiples of this, so that an engine meets few different shapes.
 CANVAS_STEP = 32
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -99,19 +100,24 @@ class Views:
         """Number of views V of an image."""
         return 1 + sum(n * n for n in self.grids)
 
-    def boxes(self, width: int, height: int, preprocessing: Preprocessing) -> np.ndarray:
-        """Boxes float32 [V, 4] for an image of `width` x `height` pixels."""
-        rows = [whole_image_box(width, height, preprocessing)]
+    def cells(self, width: int, height: int) -> np.ndarray:
+        """Boxes float32 [V - 1, 4] of the grids' cells in an image of `width` x `height` pixels."""
+        rows = []
         for n in self.grids:
             xs = np.linspace(0, width, n + 1)
             ys = np.linspace(0, height, n + 1)
             rows += [(xs[j], ys[i], xs[j + 1], ys[i + 1]) for i in range(n) for j in range(n)]
-        return np.asarray(rows, np.float32)
+        return np.asarray(rows, np.float32).reshape(-1, 4)
 
-    def fit(self, preprocessing: Preprocessing) -> int:
-        """Longest side in pixels to which images may be shrunk without starving the smallest view."""
+    def room(self, preprocessing: Preprocessing) -> dict[str, int]:
+        """How far images may be shrunk when they are decoded: `fit` and `short` of `cliplet.images.decode_image`.
+
+        The whole image keeps OVERSAMPLING pixels for each that the encoder sees. Cells of a grid keep as many
+        only up to MAX_CANVAS: beyond it, memory and time would grow for details that a first look does without.
+        """
         finest = max(self.grids, default=1)
-        return min(MAX_CANVAS, OVERSAMPLING * finest * preprocessing.size)
+        fit = min(MAX_CANVAS, OVERSAMPLING * finest * preprocessing.size)
+        return {"fit": fit, "short": OVERSAMPLING * preprocessing.size}
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,7 @@ def place_on_canvas(
     views: Views,
     preprocessing: Preprocessing,
     boxes: Sequence[np.ndarray] | None = None,
+    full_sizes: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Feeds of the `snippets` graph for images uint8 [h, w, 3] of any sizes.
 
@@ -179,6 +186,8 @@ def place_on_canvas(
         boxes: float32 [v, 4] of one's own for each image, in its pixels, scored after the whole image in
             place of the grids. Images with fewer boxes than the longest list repeat their last one, which
             changes no maximum and no minimum.
+        full_sizes: (width, height) of the images before they were shrunk, if they were. The whole-image view
+            is found in those, where open_clip's transform would find it.
 
     Returns:
         `image` uint8 [B, H, W, 3] and `boxes` float32 [B, V, 4].
@@ -186,7 +195,7 @@ def place_on_canvas(
     Raises:
         UsageError: the images and the lists of boxes are not equally many, or a box is empty.
     """
-    per_image = _own_boxes(pictures, views, preprocessing, boxes)
+    per_image = _boxes(pictures, views, preprocessing, boxes, full_sizes)
     # A whole image that is padded reaches beyond its pixels: the canvas has room for that on all sides.
     before = [np.ceil(np.maximum(0, -b[0, :2])).astype(int) for b in per_image]
     extents = [
@@ -202,35 +211,43 @@ def place_on_canvas(
     return {"image": canvas, "boxes": np.stack(per_image)}
 
 
-def _own_boxes(
+def _boxes(
     pictures: Sequence[np.ndarray],
     views: Views,
     preprocessing: Preprocessing,
-    boxes: Sequence[np.ndarray] | None,
+    own: Sequence[np.ndarray] | None,
+    full_sizes: Sequence[tuple[int, int]] | None,
 ) -> list[np.ndarray]:
+    """For each image the boxes float32 [V, 4] of its views, in its pixels."""
     sizes = [(p.shape[1], p.shape[0]) for p in pictures]
-    if boxes is None:
-        return [views.boxes(w, h, preprocessing) for w, h in sizes]
-    if len(boxes) != len(pictures):
+    if own is not None and len(own) != len(pictures):
         raise UsageError(
-            f"{len(boxes)} lists of boxes for {len(pictures)} images", "one list of boxes for each image"
+            f"{len(own)} lists of boxes for {len(pictures)} images", "one list of boxes for each image"
         )
-    listed = [_with_whole(w, h, preprocessing, b) for (w, h), b in zip(sizes, boxes, strict=True)]
-    longest = max(len(b) for b in listed)
-    return [np.concatenate([b, np.repeat(b[-1:], longest - len(b), 0)]) for b in listed]
+    local = [views.cells(*s) for s in sizes] if own is None else list(map(_inside, own, sizes))
+    longest = max(map(len, local))
+    found = []
+    for (width, height), full, cells in zip(sizes, full_sizes or sizes, local, strict=True):
+        shrunk = np.asarray([width / full[0], height / full[1]] * 2)
+        whole = np.asarray([whole_image_box(*full, preprocessing)]) * shrunk
+        listed = np.concatenate([whole, cells])
+        found.append(
+            np.concatenate([listed, np.repeat(listed[-1:], longest - len(cells), 0)]).astype(np.float32)
+        )
+    return found
 
 
-def _with_whole(width: int, height: int, preprocessing: Preprocessing, boxes: np.ndarray) -> np.ndarray:
+def _inside(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes float32 [v, 4] cut off where the image of `size` (width, height) ends."""
     own = np.asarray(boxes, np.float32).reshape(-1, 4)
-    clipped = np.clip(own, 0, np.asarray([width, height, width, height], np.float32))
+    clipped = np.clip(own, 0, np.asarray([*size, *size], np.float32))
     empty = (clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1])
     if empty.any():
         raise UsageError(
-            f"box {own[int(np.argmax(empty))].tolist()} holds nothing of an image of {width} x {height} pixels",
+            f"box {own[int(np.argmax(empty))].tolist()} holds nothing of an image of {size[0]} x {size[1]} pixels",
             "x0 < x1 and y0 < y1, in pixels, inside the image",
         )
-    whole = np.asarray([whole_image_box(width, height, preprocessing)], np.float32)
-    return np.concatenate([whole, clipped])
+    return clipped
 
 
 def _round_up(side: int) -> int:

@@ -42,7 +42,7 @@ class PromptSet:
 
     def sentences(self, name: str) -> list[str]:
         """One sentence a template."""
-        return [template.format(name) for template in self.templates]
+        return [template.replace("{}", name) for template in self.templates]
 
 
 # `ensemble7` holds the seven templates that CLIP's authors found to be the best small ensemble on ImageNet.
@@ -67,6 +67,8 @@ PROMPT_SETS: dict[str, PromptSet] = {
     )
 }
 DEFAULT_PROMPT_SET = "photo"
+# What makes a word on the command line the name of a file that should be there.
+CLASS_FILE_SUFFIXES = (".txt", ".csv", ".names", ".lst")
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,21 @@ def read_vocabulary(classes: str, prompts: PromptSet | None = None) -> Vocabular
         DataError: the file is not text, or names no class, an empty one, or one twice.
     """
     chosen = prompts or PROMPT_SETS[DEFAULT_PROMPT_SET]
-    path = Path(classes)
-    if path.is_file():
-        return Vocabulary(_parse_classes(path), chosen, str(path))
-    if classes.strip() and (path.suffix or os.sep in classes or path.is_dir()):
+    # Not Path.is_file, which raises on a list of names that is longer than a file name may be.
+    if os.path.isfile(classes):
+        return Vocabulary(_parse_classes(Path(classes)), chosen, classes)
+    looks_like_a_file = os.sep in classes or classes.endswith(CLASS_FILE_SUFFIXES) or os.path.isdir(classes)
+    if looks_like_a_file and "," not in classes and classes.strip():
         raise UsageError(
             f"there is no class file {classes!r}",
             "a text file with one class name a line, or names separated by commas",
             "check the path, or write --classes 'cat,dog,person'",
+        )
+    if ":" in classes:
+        raise UsageError(
+            f"--classes {classes!r} has a colon",
+            "names alone, separated by commas; synonyms need a class file",
+            "write a file with one `name: synonym, synonym` a line",
         )
     names = tuple(ClassName(name.strip()) for name in classes.split(","))
     return Vocabulary(names if classes.strip() else (), chosen, "--classes")

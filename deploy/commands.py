@@ -15,6 +15,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from cliplet.errors import INTERRUPTED
+
 if TYPE_CHECKING:
     from .demo import DemoResult
     from .label import DryRun, LabelJob, LabelResult
@@ -58,7 +60,9 @@ def tagger_options(command: C) -> C:
 @click.option("--overwrite", is_flag=True, help="Forget what --out holds.")
 @click.option("--max-error-rate", type=float, help="Exit with 4 if a larger share of the inputs failed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="CLIPLET_LABEL_JSON", help="Print the result as JSON."
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> int:
     """Label the images in SOURCES: folders, globs, files, text lists (*.txt) and tar shards.
@@ -66,7 +70,6 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
     Every input ends in one row of OUT/labels/part-*.parquet or one row of OUT/errors.parquet. The same command
     continues a run that was stopped or killed.
     """
-    from cliplet.errors import ObjectiveError
     from cliplet.plan import TaggerSettings
 
     from . import label as labelling
@@ -79,13 +82,12 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
     if dry_run:
         _tell_dry_run(labelling.dry_run(job), as_json)
         return 0
-    try:
-        result = labelling.label(job)
-    except ObjectiveError:
-        _tell_result(job, None, as_json)
-        raise
+    result = labelling.label(job)
     _tell_result(job, result, as_json)
-    return 130 if result.interrupted else 0
+    if result.interrupted:
+        return INTERRUPTED
+    labelling.hold_objective(job, result)
+    return 0
 
 
 @click.command()
@@ -116,7 +118,9 @@ def gallery(labels: Path, out: Path | None, limit: int, thumb: int, title: str) 
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Also import torch and look for GPUs through it (slow).")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="CLIPLET_DOCTOR_JSON", help="Print the findings as JSON."
+)
 def doctor(deep: bool, as_json: bool) -> int:
     """Say what this machine can do, and what to install for the rest.
 
@@ -149,6 +153,7 @@ def _tell_dry_run(found: Any, as_json: bool) -> None:
     run: DryRun = found
     facts = {
         "inputs": run.inputs,
+        "settled": run.settled,
         "duplicates": run.listing.duplicates,
         "ignored": run.listing.ignored,
         "model": str(run.plan.spec),
@@ -168,28 +173,23 @@ def _tell_dry_run(found: Any, as_json: bool) -> None:
         click.echo(f"  input             {ref.path}")
 
 
-def _tell_result(job: LabelJob, result: LabelResult | None, as_json: bool) -> None:
+def _tell_result(job: LabelJob, result: LabelResult, as_json: bool) -> None:
     from .summary import summarise
 
     if job.quiet and not as_json:
         return
     summary = summarise(job.out)
     if as_json:
-        facts = {"result": vars(result) if result else None, "summary": vars(summary), "out": str(job.out)}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        facts = {"result": vars(result), "summary": vars(summary), "out": str(job.out)}
+        click.echo(json.dumps(facts, indent=2))
         return
     say = click.echo
-    if result is not None:
-        speed = (
-            f", {result.scored_now / result.seconds:.1f} images/s"
-            if result.scored_now and result.seconds
-            else ""
-        )
-        state = "interrupted, all work saved: " if result.interrupted else ""
-        say(
-            f"{state}{result.labelled:,} of {result.inputs:,} inputs labelled, {result.failed:,} failed{speed}"
-        )
-        say(f"threshold: {result.threshold_source}")
+    speed = (
+        f", {result.scored_now / result.seconds:.1f} images/s" if result.scored_now and result.seconds else ""
+    )
+    state = "interrupted, all work saved: " if result.interrupted else ""
+    say(f"{state}{result.labelled:,} of {result.inputs:,} inputs labelled, {result.failed:,} failed{speed}")
+    say(f"threshold: {result.threshold_source}")
     counts = sorted(summary.per_class.items(), key=lambda pair: -pair[1])
     tagged = [f"{name} {count:,}" for name, count in counts if count]
     if tagged:
@@ -208,7 +208,7 @@ def _tell_result(job: LabelJob, result: LabelResult | None, as_json: bool) -> No
         say(f"  {number:,} x {reason}")
     files = [f for f in job.out.rglob("*.parquet") if f.is_file()]
     say(f"wrote {job.out} ({sum(f.stat().st_size for f in files) / 1e6:.2f} MB in {len(files)} tables)")
-    if result is not None and result.interrupted:
+    if result.interrupted:
         say("next: the same command continues")
     else:
         say(f"next: cliplet gallery {job.out}")

@@ -74,6 +74,8 @@ def demo(out: Path, count: int = 300, seed: int = 2026, *, quiet: bool = False) 
             quiet=quiet,
         )
         runs[views] = label(job)
+        if runs[views].interrupted:
+            raise KeyboardInterrupt
         measured += [measure(folder, truth, source, views) for source in sources]
     gallery = write_gallery(
         out / f"labels-{DEFAULT_VIEWS}",

@@ -28,9 +28,10 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
-from cliplet.errors import ClipletError, DataError, UsageError
+from cliplet.errors import ClipletError, DataError, UsageError, explained_os_errors
 from cliplet.images import ImageError, ImageRef, decode_image, find_images, read_image
-from cliplet.labels import ErrorRecord, LabelRecord, explained_os_errors, read_errors, read_labels, read_run
+from cliplet.labels import ErrorRecord, LabelRecord, read_errors, read_labels, read_run
+from cliplet.machine import usable_cores
 
 T = TypeVar("T")
 _ARCHIVE_MEMBER = re.compile(r"(.*?\.(?:tar|tar\.gz|tgz))::.", re.IGNORECASE | re.DOTALL)
@@ -296,7 +297,7 @@ def _write_thumbnails(file: BinaryIO, thumbnails: Iterator[list[bytes | str]]) -
 def _thumbnails(paths: Sequence[str], options: GalleryOptions) -> Iterator[list[bytes | str]]:
     """For each chunk of images, a JPEG each, or the reason why there is none."""
     members = _archive_members(paths)
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or usable_cores()
 
     def thumbnail(path: str) -> bytes | str:
         source = members.get(path) or ImageRef(path, _file_name(path))

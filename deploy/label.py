@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from cliplet.artifact import library_versions
-from cliplet.errors import ClipletError, DataError, ObjectiveError, UsageError
+from cliplet.errors import ClipletError, DataError, EnvironmentError_, ObjectiveError, UsageError
 from cliplet.images import MAX_PIXELS, ImageError, ImageRef, Picture, decode_image, read_image
 from cliplet.labels import RUN_SCHEMA_VERSION, ErrorRecord, LabelRecord, LabelStore
 from cliplet.listing import Listing, find_images
@@ -36,6 +36,8 @@ from cliplet.tagger import Tagger, load_plan
 # A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
 PART_ROWS = 2048
 PART_SECONDS = 20.0
+# Images that the engine refuses one after the other before the engine itself is held to be broken.
+ENGINE_REFUSALS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class LabelJob:
     Attributes:
         sources: folders, globs, files, text lists, tar shards.
         out: folder of the results.
-        batch_size: images in a batch; 0 chooses by the number of views.
+        batch_size: images in a batch; 0 chooses by the number of views. Memory grows with it.
         workers: threads that decode; 0 means one a core.
         limit: label only so many inputs, the first ones.
         max_pixels: images with more are not decoded (decompression bombs).
@@ -75,6 +77,10 @@ class LabelJob:
         ):
             if value < least:
                 raise UsageError(f"{flag} {value}", f"a whole number from {least} on")
+        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
+            raise UsageError(
+                f"--max-error-rate {self.max_error_rate}", "a share from 0 to 1", "--max-error-rate 0.05"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,16 +109,26 @@ class DryRun:
 
     listing: Listing
     inputs: int
+    settled: int
     plan: Plan
     images_per_batch: int
 
 
 def dry_run(job: LabelJob) -> DryRun:
-    """What `label` would do for `job`; raises what it would raise before the first image."""
+    """What `label` would do for `job`: how many inputs, how many of them an earlier run has settled.
+
+    Raises what `label` would raise for its options, its sources and an output folder of another job.
+    """
     chosen = make_plan(job.tagger)
     listing = find_images(job.sources)
-    inputs = min(len(listing.images), job.limit or len(listing.images))
-    return DryRun(listing, inputs, chosen, job.batch_size or chosen.images_per_batch)
+    images = listing.images[: job.limit]
+    store = LabelStore(job.out)
+    settled = 0
+    if store.has_rows() and not job.overwrite:
+        store.refuse_other_job(_fingerprint(job, chosen))
+        progress = _Progress.read(store, retry_failed=job.retry_failed)
+        settled = sum(ref.path in progress for ref in images)
+    return DryRun(listing, len(images), settled, chosen, job.batch_size or chosen.images_per_batch)
 
 
 def label(job: LabelJob) -> LabelResult:
@@ -123,45 +139,90 @@ def label(job: LabelJob) -> LabelResult:
     Raises:
         UsageError: the folder holds another job, or another run is writing it.
         DataError: no images, or no usable class names.
-        EnvironmentError_: the output cannot be written; what was written before is kept.
-        ObjectiveError: more inputs failed than `max_error_rate` allows; all rows are written.
+        EnvironmentError_: the output cannot be written, or the engine fails on every image. What was labelled
+            before is kept.
     """
     chosen = make_plan(job.tagger)
-    listing = find_images(job.sources)
-    images = listing.images[: job.limit]
+    images = find_images(job.sources).images[: job.limit]
     with LabelStore(job.out) as store:
         store.begin(_run_description(job, chosen), overwrite=job.overwrite)
         progress = _Progress.read(store, retry_failed=job.retry_failed)
-        todo = sum(ref.path not in progress for ref in images)
-        begun = monotonic()
-        scored = 0
-        interrupted = False
-        if todo:
-            with load_plan(chosen) as tagger, _interruption() as stop:
+        before = len(progress.labelled)
+        seconds, interrupted = 0.0, False
+        if not all(ref.path in progress for ref in images):
+            with load_plan(chosen) as tagger:
                 begun = monotonic()
-                with ProgressBar("labelling", len(images), done=len(images) - todo, quiet=job.quiet) as bar:
-                    for batch in _batches(job, tagger, images, progress):
-                        rows, errors = _score(tagger, batch)
-                        progress.add(rows, errors)
-                        scored += len(rows)
-                        bar.advance(len(batch))
-                        if stop.is_set:
-                            interrupted = True
-                            break
-        progress.flush()
+                try:
+                    interrupted = _label_all(job, tagger, images, progress)
+                finally:
+                    progress.flush()
+                seconds = monotonic() - begun
+        else:
+            progress.flush()
     wanted = {ref.path for ref in images}
-    failed = sum(e.path in wanted for e in progress.errors)
-    result = LabelResult(
-        len(images),
-        len(progress.labelled & wanted),
-        failed,
-        scored,
-        monotonic() - begun,
-        interrupted,
-        chosen.threshold_source,
+    return LabelResult(
+        inputs=len(images),
+        labelled=len(progress.labelled & wanted),
+        failed=sum(e.path in wanted for e in progress.errors),
+        scored_now=len(progress.labelled) - before,
+        seconds=seconds,
+        interrupted=interrupted,
+        threshold_source=chosen.threshold_source,
     )
-    _hold_objective(job, result)
-    return result
+
+
+def hold_objective(job: LabelJob, result: LabelResult) -> None:
+    """Raise if too many inputs failed; every row is written all the same.
+
+    Raises:
+        ObjectiveError: a larger share than `max_error_rate`.
+        DataError: all of them.
+    """
+    rate = result.failed / max(result.inputs, 1)
+    if job.max_error_rate is not None and rate > job.max_error_rate:
+        raise ObjectiveError(
+            f"{result.failed:,} of {result.inputs:,} inputs failed ({rate:.1%}); {result.labelled:,} are labelled",
+            f"at most {job.max_error_rate:.1%} (--max-error-rate)",
+            f"read {job.out / 'errors.parquet'}, mend the files, then run again with --retry-failed",
+        )
+    if result.failed == result.inputs:
+        raise DataError(
+            f"none of {result.inputs:,} inputs could be labelled; the reasons are in {job.out / 'errors.parquet'}",
+            "images",
+            "mend them, then run again with --retry-failed",
+        )
+
+
+def _label_all(job: LabelJob, tagger: Tagger, images: Sequence[ImageRef], progress: _Progress) -> bool:
+    """Label what is not settled yet; whether it was interrupted.
+
+    An image that the engine refuses is an error of its own only once another one passes after it: an engine
+    that refuses everything is broken, and its inputs are not to blame.
+    """
+    done = sum(ref.path in progress for ref in images)
+    suspects: list[ErrorRecord] = []
+    with (
+        _interruption() as stop,
+        ProgressBar("labelling", len(images), done=done, quiet=job.quiet) as bar,
+    ):
+        for batch in _batches(job, tagger, images, progress):
+            rows, refused = _score(tagger, [loaded for loaded in batch if loaded.picture is not None])
+            suspects += refused
+            if rows:
+                progress.add(rows, suspects)
+                suspects = []
+            progress.add([], [loaded.error for loaded in batch if loaded.error is not None])
+            if len(suspects) >= ENGINE_REFUSALS:
+                raise EnvironmentError_(
+                    f"the engine refused {len(suspects)} images in a row: {suspects[-1].reason}",
+                    "an engine that works; nothing was recorded about these images",
+                    "mend it (`cliplet doctor` looks at it), then the same command continues",
+                )
+            bar.advance(len(batch))
+            if stop.is_set:
+                return True
+    progress.add([], suspects)
+    return False
 
 
 class _Progress:
@@ -214,9 +275,9 @@ class _Loaded:
     error: ErrorRecord | None
 
 
-def _load(ref: ImageRef, fit: int, max_pixels: int) -> _Loaded:
+def _load(ref: ImageRef, room: Mapping[str, int], max_pixels: int) -> _Loaded:
     try:
-        return _Loaded(ref, decode_image(read_image(ref), fit=fit, max_pixels=max_pixels), None)
+        return _Loaded(ref, decode_image(read_image(ref), **room, max_pixels=max_pixels), None)
     except ImageError as error:
         return _Loaded(ref, None, ErrorRecord(ref.path, error.stage, error.reason))
 
@@ -234,7 +295,7 @@ def _batches(
         for start in range(0, len(images), size):
             refs = [ref for ref in images[start : start + size] if ref.path not in done]
             if refs:
-                waiting.append([pool.submit(_load, ref, tagger.fit, job.max_pixels) for ref in refs])
+                waiting.append([pool.submit(_load, ref, tagger.room, job.max_pixels) for ref in refs])
             if len(waiting) > ahead:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
@@ -244,31 +305,25 @@ def _batches(
 
 
 def _score(tagger: Tagger, batch: Sequence[_Loaded]) -> tuple[list[LabelRecord], list[ErrorRecord]]:
-    """Rows and errors of a batch. If the engine refuses it, each image is tried alone to find the culprit."""
-    errors = [loaded.error for loaded in batch if loaded.error is not None]
-    good = [loaded for loaded in batch if loaded.picture is not None]
-    if not good:
-        return [], errors
+    """Rows of a decoded batch. If the engine refuses it, each image is tried alone to find the culprit."""
+    if not batch:
+        return [], []
     try:
-        return _rows(tagger, good), errors
+        return _rows(tagger, batch), []
     except ClipletError as error:
-        if len(good) == 1:
-            return [], [*errors, ErrorRecord(good[0].ref.path, "infer", error.happened)]
-    rows = []
-    for loaded in good:
-        found, failed = _score(tagger, [loaded])
-        rows += found
-        errors += failed
-    return rows, errors
+        if len(batch) == 1:
+            return [], [ErrorRecord(batch[0].ref.path, "infer", error.happened)]
+    alone = [_score(tagger, [loaded]) for loaded in batch]
+    return [row for rows, _ in alone for row in rows], [error for _, errors in alone for error in errors]
 
 
 def _rows(tagger: Tagger, batch: Sequence[_Loaded]) -> list[LabelRecord]:
     pictures = [loaded.picture for loaded in batch if loaded.picture is not None]
     began = perf_counter()
-    scores_BC = tagger.score([p.pixels for p in pictures])["scores"]
+    scores_BC = tagger.score(pictures)["scores"]
     seconds = (perf_counter() - began) / len(pictures)
     return [
-        tagger.record(loaded.ref.path, (picture.width, picture.height), scores_C, seconds)
+        tagger.record(loaded.ref.path, picture, scores_C, seconds)
         for loaded, picture, scores_C in zip(batch, pictures, scores_BC, strict=True)
     ]
 
@@ -299,10 +354,17 @@ def _interruption() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+def _fingerprint(job: LabelJob, chosen: Plan) -> dict[str, Any]:
+    """What must be equal for a run to continue another: rows name inputs as they were spelled."""
+    relative = any(not os.path.isabs(source) for source in job.sources)
+    where = {"inputs": list(job.sources), "cwd": os.getcwd() if relative else None}
+    return {**where, **chosen.fingerprint()}
+
+
 def _run_description(job: LabelJob, chosen: Plan) -> dict[str, Any]:
     return {
         "schema": RUN_SCHEMA_VERSION,
-        "fingerprint": {"inputs": [os.path.abspath(s) for s in job.sources], **chosen.fingerprint()},
+        "fingerprint": _fingerprint(job, chosen),
         "model": str(chosen.spec),
         "classes": list(chosen.vocabulary.names),
         "thresholds": list(chosen.thresholds),
@@ -312,23 +374,3 @@ def _run_description(job: LabelJob, chosen: Plan) -> dict[str, Any]:
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": library_versions(),
     }
-
-
-def _hold_objective(job: LabelJob, result: LabelResult) -> None:
-    if result.interrupted:
-        return
-    if result.failed == result.inputs:
-        raise DataError(
-            f"none of {result.inputs:,} inputs could be labelled; the reasons are in {job.out / 'errors.parquet'}",
-            "images",
-            "mend them, then run again with --retry-failed",
-        )
-    if job.max_error_rate is None:
-        return
-    rate = result.failed / max(result.inputs, 1)
-    if rate > job.max_error_rate:
-        raise ObjectiveError(
-            f"{result.failed:,} of {result.inputs:,} inputs failed ({rate:.1%}); {result.labelled:,} are labelled",
-            f"at most {job.max_error_rate:.1%} (--max-error-rate)",
-            f"read {job.out / 'errors.parquet'}, mend the files, then run again with --retry-failed",
-        )

@@ -8,12 +8,14 @@ Legend: B images, V views, C classes, D embedding.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from cliplet.views import Views, place_on_canvas
 from cliplet.vocabulary import Vocabulary
 
 OPSET = 18
+SEAL_FILE = "sha256"
 # Largest difference of a probability between the eager module and the graph, in float32.
 TOLERANCE_FP32 = 1e-4
 # Protocol buffers end at 2 GiB; larger weights go into a file of their own.
@@ -155,7 +158,8 @@ def set_vocabulary(source: Path, target: Path, text_CD: np.ndarray, vocabulary: 
                 dim.dim_param = axis
     names = json.dumps(vocabulary.names, ensure_ascii=False)
     onnx.helper.set_model_props(model, {"cliplet.classes": names})
-    large = model.ByteSize() > LARGEST_INLINE_BYTES
+    # Not ByteSize, which protobuf refuses to count beyond 2 GiB.
+    large = sum(len(t.raw_data) for t in model.graph.initializer) > LARGEST_INLINE_BYTES
     onnx.save(
         model, str(target), save_as_external_data=large, location=f"{target.name}.data" if large else None
     )
@@ -208,13 +212,30 @@ def compare(module: Snippets, graph: Path) -> dict[str, Any]:
 
 
 def _traced_graph(job: SnippetsJob, module: Snippets) -> Path:
+    """The traced graph for `job`: from the cache if it is there unchanged."""
     folder = cache_folder() / "graphs" / job.graph_key()
-    if not (folder / MODEL_FILE).exists():
+    if not _is_sealed(folder):
         with staging_folder(folder) as staged:
             trace(module, staged / MODEL_FILE)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.move(str(staged), str(folder))
+            (staged / SEAL_FILE).write_text(_folder_sha256(staged))
+            if not _is_sealed(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            # Should another process be faster, its graph is as good as ours.
+            with suppress(OSError):
+                os.replace(staged, folder)
     return folder / MODEL_FILE
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether a traced graph is there and unchanged since it was written."""
+    seal = folder / SEAL_FILE
+    return seal.is_file() and seal.read_text() == _folder_sha256(folder)
+
+
+def _folder_sha256(folder: Path) -> str:
+    """One hash for all of a traced graph's files."""
+    files = sorted(folder.glob(f"{MODEL_FILE}*"))
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
 def _pictures(count: int) -> list[np.ndarray]:

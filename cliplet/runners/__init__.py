@@ -11,6 +11,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from cliplet.errors import EnvironmentError_
+
 
 class Runner(Protocol):
     """What every runtime offers.
@@ -34,3 +36,12 @@ class Runner(Protocol):
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs by name; `DataError` if the feeds do not fit the contract."""
         ...
+
+
+def engine_failure(runtime: str, feeds: Mapping[str, np.ndarray], error: Exception) -> EnvironmentError_:
+    """What to raise when an engine fails on feeds that fit the contract."""
+    shapes = {name: list(array.shape) for name, array in feeds.items()}
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return EnvironmentError_(
+        f"{runtime} failed on {shapes}: {reason}", "memory for one batch", "use a smaller --batch-size"
+    )

@@ -13,8 +13,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
 from cliplet.contract import GraphContract
 from cliplet.errors import ArtifactError, EnvironmentError_
+from cliplet.machine import usable_cores
+from cliplet.runners import engine_failure
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# With their options. Float32 means float32: TF32 would round products to 10 bits of mantissa.
+PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
 
 # onnxruntime's exceptions have no common base of their own.
@@ -30,7 +36,7 @@ class OnnxRunner:
 
     Args:
         model: the graph's file.
-        threads: of the engine; 0 leaves it to onnxruntime (one a core).
+        threads: of the engine; 0 means one for each core that this process may use.
 
     Raises:
         EnvironmentError_: the device's provider is not installed, or did not load.
@@ -40,7 +46,7 @@ class OnnxRunner:
     def __init__(self, model: Path, contract: GraphContract, device: str = "cpu", threads: int = 0) -> None:
         self.contract = contract
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
-        provider = PROVIDERS[device]
+        provider, provider_options = PROVIDERS[device]
         if provider not in onnxruntime.get_available_providers():
             raise EnvironmentError_(
                 f"asked for device {device!r}, but this onnxruntime has no {provider}",
@@ -48,12 +54,14 @@ class OnnxRunner:
                 "pip install 'cliplet[gpu]', or pass --device cpu",
             )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or usable_cores()
         # Shapes vary with the images of a batch: a plan of memory per shape would be kept for each.
         options.enable_mem_pattern = False
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=[(provider, provider_options)]
+            )
         except _ENGINE_ERRORS as error:
             raise ArtifactError(
                 f"onnxruntime cannot load {model}: {error}", "an ONNX graph", "export again"
@@ -84,12 +92,7 @@ class OnnxRunner:
         try:
             outputs = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except _ENGINE_ERRORS as error:
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise EnvironmentError_(
-                f"{self.runtime} failed on {shapes}: {str(error).splitlines()[0]}",
-                "memory for one batch",
-                "use a smaller --batch-size",
-            ) from error
+            raise engine_failure(self.runtime, feeds, error) from error
         self.contract.check_outputs(feeds, outputs)
         return outputs
 

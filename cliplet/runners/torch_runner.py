@@ -11,6 +11,8 @@ import torch
 
 from cliplet.contract import GraphContract
 from cliplet.errors import EnvironmentError_
+from cliplet.machine import usable_cores
+from cliplet.runners import engine_failure
 
 
 class TorchRunner:
@@ -18,7 +20,7 @@ class TorchRunner:
 
     Args:
         module: takes the contract's inputs in order and returns its outputs in order.
-        threads: of torch's operators on the CPU; 0 leaves them as they are.
+        threads: of torch's operators on the CPU; 0 means one for each core that this process may use.
 
     Raises:
         EnvironmentError_: torch cannot use the device.
@@ -33,8 +35,9 @@ class TorchRunner:
                 "an NVIDIA GPU, its driver and a torch built for it",
                 "run `cliplet doctor`, or pass --device cpu",
             )
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or usable_cores())
+        # Float32 means float32: on a GPU, convolutions would otherwise round to 10 bits of mantissa.
+        torch.backends.cudnn.allow_tf32 = False
         self.contract = contract
         self._module = module.to(device).eval()
         self.runtime = f"torch {torch.__version__}"
@@ -52,8 +55,11 @@ class TorchRunner:
     @torch.inference_mode()
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.contract.check_feeds(feeds)
-        tensors = [torch.from_numpy(feeds[t.name]).to(self.device) for t in self.contract.inputs]
-        results = self._module(*tensors)
-        outputs = {t.name: r.cpu().numpy() for t, r in zip(self.contract.outputs, results, strict=True)}
+        try:
+            tensors = [torch.from_numpy(feeds[t.name]).to(self.device) for t in self.contract.inputs]
+            results = self._module(*tensors)
+            outputs = {t.name: r.cpu().numpy() for t, r in zip(self.contract.outputs, results, strict=True)}
+        except RuntimeError as error:
+            raise engine_failure(self.runtime, feeds, error) from error
         self.contract.check_outputs(feeds, outputs)
         return outputs

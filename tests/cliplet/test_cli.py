@@ -77,8 +77,8 @@ def test_a_verb_whose_extra_is_missing(
         name = "label"
 
         def load(self) -> None:
-            raise ImportError("no", name="pyarrow")
+            raise ModuleNotFoundError("no", name="pyarrow")
 
     monkeypatch.setattr("cliplet.cli._entry_points", lambda: {"label": Missing()})
     assert main(["label", "x"]) == 1
-    assert "needs pyarrow" in capsys.readouterr().err
+    assert "the library 'pyarrow', which is not installed" in capsys.readouterr().err

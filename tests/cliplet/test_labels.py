@@ -51,8 +51,9 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     with LabelStore(tmp_path) as store:
         store.write_part([record("a.jpg")])
         (store.parts_folder / "part-000001.parquet.tmp").write_bytes(b"half")
-        assert store.labelled_paths() == {"a.jpg"}
-        assert [p.name for p in store.parts_folder.iterdir()] == ["part-000000.parquet"]
+    with LabelStore(tmp_path) as store:
+        store.begin(RUN, overwrite=True)
+        assert list(store.parts_folder.iterdir()) == []
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -74,6 +75,13 @@ def test_another_job_is_refused_and_told_apart(tmp_path: Path) -> None:
         store.begin(other, overwrite=True)
         assert store.labelled_paths() == set()
     assert read_run(tmp_path)["fingerprint"]["model"] == "b"
+
+
+def test_rows_without_their_job_are_not_adopted(tmp_path: Path) -> None:
+    with LabelStore(tmp_path) as store:
+        store.write_part([record("a.jpg")])
+        with pytest.raises(DataError, match="run.json is missing"):
+            store.begin(RUN)
 
 
 def test_a_job_that_never_wrote_a_row_is_no_obstacle(tmp_path: Path) -> None:

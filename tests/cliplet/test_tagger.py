@@ -40,6 +40,9 @@ def test_images_come_as_paths_arrays_or_pillow(toy_clip: Path, tmp_path: Path) -
         assert {(r.width, r.height) for r in records} == {(90, 60)}
         np.testing.assert_allclose(records[1].scores, records[0].scores, atol=1e-6)
         np.testing.assert_allclose(records[2].scores, records[0].scores, atol=1e-6)
+        turned = Image.fromarray(array)
+        turned.getexif()[0x0112] = 6
+        assert (tagger.label([turned])[0].width, tagger.label([turned])[0].height) == (60, 90)
         with pytest.raises(DataError, match=r"uint8 \[height, width, 3\]"):
             tagger.label([array.astype(np.float32)])
         with pytest.raises(DataError, match="No such file"):
@@ -53,6 +56,9 @@ def test_own_boxes_take_the_place_of_the_grid(toy_clip: Path) -> None:
         (by_grid,) = tagger.label([array])
         (by_boxes,) = tagger.label([array], boxes=[cells])
         (by_one,) = tagger.label([array], boxes=[cells[:1]])
+        for images, boxes in (([array, array], [cells]), (["a.png"], [cells])):
+            with pytest.raises(UsageError, match="boxes are in their pixels"):
+                tagger.label(images, boxes=boxes)
     np.testing.assert_allclose(by_boxes.scores, by_grid.scores, atol=1e-6)
     assert np.abs(by_one.scores - by_grid.scores).max() > 1e-4
 
@@ -100,6 +106,9 @@ def test_thresholds_come_with_the_model_when_they_were_calibrated(toy_clip: Path
     assert "by hand" in calibrated.threshold_source
     for other in ({"views": "1"}, {"views": "1+2x2", "aggregate": "mean"}):
         plan = make_plan(TaggerSettings(model=model, **other))
+        assert "not calibrated" in plan.threshold_source
+    for other in ({"classes": "cat,bird"}, {"prompts": "the {}"}):
+        plan = make_plan(TaggerSettings(model=model, views="1+2x2", **other))
         assert "not calibrated" in plan.threshold_source
     assert make_plan(TaggerSettings(model=model, threshold=0.1)).thresholds == (0.1, 0.1)
 

@@ -23,7 +23,8 @@ def preprocessing(size: int = 32, resize_mode: str = "shortest") -> Preprocessin
 def test_views_are_counted(text: str, count: int) -> None:
     views = Views.parse(text)
     assert views.count == count
-    assert views.boxes(64, 48, preprocessing()).shape == (count, 4)
+    feeds = place_on_canvas([np.zeros((48, 64, 3), np.uint8)], views, preprocessing())
+    assert feeds["boxes"].shape == (1, count, 4)
     assert Views.parse(str(views)) == views
 
 
@@ -36,7 +37,7 @@ def test_other_views_are_refused(text: str) -> None:
 
 
 def test_cells_tile_the_whole_image() -> None:
-    boxes = Views.parse("1+3x3").boxes(100, 70, preprocessing())[1:]
+    boxes = Views.parse("1+3x3").cells(100, 70)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert areas.sum() == pytest.approx(100 * 70)
     assert boxes[0].tolist() == pytest.approx([0, 0, 100 / 3, 70 / 3])
@@ -90,6 +91,17 @@ def test_own_boxes_follow_the_whole_image() -> None:
     assert feeds["boxes"][1, 1].tolist() == feeds["boxes"][1, 2].tolist() == [0, 0, 10, 10]
 
 
+def test_the_whole_image_is_found_before_it_was_shrunk() -> None:
+    """1000 x 333 pixels shrunk to 300 x 100: the square is the one of the full image, in the pixels that are left."""
+    feeds = place_on_canvas(
+        [np.zeros((100, 300, 3), np.uint8)], Views.parse("1"), preprocessing(), full_sizes=[(1000, 333)]
+    )
+    x0, y0, x1, y1 = whole_image_box(1000, 333, preprocessing())
+    assert feeds["boxes"][0, 0].tolist() == pytest.approx(
+        [x0 * 0.3, y0 * 100 / 333, x1 * 0.3, y1 * 100 / 333]
+    )
+
+
 @pytest.mark.parametrize("box", [[10, 10, 10, 20], [60, 0, 70, 10], [5, 5, 1, 1]])
 def test_an_empty_box_is_refused(box: list[int]) -> None:
     with pytest.raises(UsageError, match="holds nothing"):
@@ -99,8 +111,9 @@ def test_an_empty_box_is_refused(box: list[int]) -> None:
 
 
 def test_the_canvas_has_room_for_the_smallest_view_and_an_end() -> None:
-    assert Views.parse("1").fit(preprocessing(64)) < Views.parse("1+2x2").fit(preprocessing(64)) <= MAX_CANVAS
-    assert Views.parse("1+4x4").fit(preprocessing(224)) == MAX_CANVAS
+    small = preprocessing(64)
+    assert Views.parse("1").room(small)["fit"] < Views.parse("1+2x2").room(small)["fit"] <= MAX_CANVAS
+    assert Views.parse("1+4x4").room(preprocessing(224)) == {"fit": MAX_CANVAS, "short": 448}
 
 
 def test_unknown_preprocessing_and_aggregation_are_refused() -> None:

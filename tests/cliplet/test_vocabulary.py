@@ -53,6 +53,14 @@ def test_classes_that_are_no_classes(classes: str, error: type[ClipletError]) ->
         read_vocabulary(classes)
 
 
+def test_a_long_list_of_names_is_no_file_name() -> None:
+    names = [f"class number {i}" for i in range(100)]
+    assert read_vocabulary(",".join(names)).names == tuple(names)
+    assert read_vocabulary("cat,st. bernard,truck/lorry").names == ("cat", "st. bernard", "truck/lorry")
+    with pytest.raises(UsageError, match="colon"):
+        read_vocabulary("person: man, dog")
+
+
 def test_a_class_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes(b"\xff\xd8\xff\xe0 jpeg")
     with pytest.raises(DataError, match="UTF-8"):
@@ -65,6 +73,7 @@ def test_prompt_sets() -> None:
     assert prompt_set("one {}|two {}").templates == ("one {}", "two {}")
     with pytest.raises(UsageError, match="--prompts ensemble7"):
         prompt_set("ensemble")
+    assert prompt_set("a {photo} of {}").sentences("cat") == ["a {photo} of cat"]
     with pytest.raises(UsageError, match="exactly one"):
         prompt_set("{} and {}")
 

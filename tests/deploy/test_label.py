@@ -21,7 +21,7 @@ from PIL import Image
 
 import cliplet
 from cliplet.deploy import label as labelling
-from cliplet.errors import DataError, EnvironmentError_
+from cliplet.errors import EnvironmentError_, UsageError
 from cliplet.labels import LabelStore, read_errors, read_labels, read_run
 from cliplet.plan import TaggerSettings
 from cliplet.tagger import Tagger
@@ -191,9 +191,10 @@ def test_too_many_failures_end_with_their_own_exit_code(
 def test_nothing_but_failures_is_an_error(cli: Cli, options: list[str], tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("no image")
-    done = cli("label", tmp_path / "bad", *options)
+    done = cli("label", tmp_path / "bad", *options, "--json")
     assert done.returncode == 1
     assert "none of 1 inputs could be labelled" in done.stderr
+    assert json.loads(done.stdout)["result"]["failed"] == 1
     assert len(read_errors(tmp_path / "out")) == 1
 
 
@@ -227,9 +228,11 @@ def test_lists_globs_and_archives(cli: Cli, photos: Path, options: list[str], tm
 def test_a_dry_run_writes_nothing(cli: Cli, photos: Path, options: list[str], tmp_path: Path) -> None:
     done = cli("label", photos, *options, "--dry-run", "--json")
     facts = json.loads(done.stdout)
-    assert facts["inputs"] == 24
-    assert facts["classes"] == 4
+    assert (facts["inputs"], facts["settled"], facts["classes"]) == (24, 0, 4)
     assert not (tmp_path / "out").exists()
+    assert cli("label", photos, *options, "--limit", 7).returncode == 0
+    assert json.loads(cli("label", photos, *options, "--dry-run", "--json").stdout)["settled"] == 7
+    assert cli("label", photos, *options, "--dry-run", "--views", "1").returncode == 2
 
 
 def test_a_limit_can_be_lifted_later(model: str, photos: Path, tmp_path: Path) -> None:
@@ -288,6 +291,8 @@ def _open_bundles() -> list[Path]:
         (["{photos}", "--model", "tini"], 2, "--model tiny"),
         (["{photos}", "--device", "cuda"], 1, "--device cpu"),
         (["{photos}", "--limit", "0"], 2, "--limit 0"),
+        (["{photos}", "--threads", "-1"], 2, "--threads -1"),
+        (["{photos}", "--max-error-rate", "5"], 2, "a share from 0 to 1"),
         (["{photos}", "--out", "{photos}/001.jpg/out"], 1, "cannot write"),
         (["{photos}", "--clases", "cat"], 2, "--classes"),
         ([], 2, "SOURCES"),
@@ -322,8 +327,29 @@ def test_another_job_in_the_same_folder_is_refused(cli: Cli, photos: Path, optio
     assert cli("label", photos, *options, "--views", "1", "--overwrite").returncode == 0
 
 
+def test_the_same_folder_spelled_otherwise_is_another_job(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows name inputs as they were spelled, so a run that went on under another name would label them twice."""
+    monkeypatch.chdir(photos.parent)
+    labelling.label(job(model, Path(photos.name), tmp_path / "out"))
+    with pytest.raises(UsageError, match="inputs"):
+        labelling.label(job(model, photos, tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / photos.name).symlink_to(photos)
+    with pytest.raises(UsageError, match="cwd"):
+        labelling.label(job(model, Path(photos.name), tmp_path / "out"))
+
+
+def test_other_files_in_the_output_folder_are_left_alone(model: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tmp").write_text("years of work")
+    labelling.label(job(model, photos, tmp_path / "out"))
+    assert (tmp_path / "out" / "thesis.tmp").read_text() == "years of work"
+
+
 def test_options_may_come_from_the_environment(cli: Cli, photos: Path, options: list[str]) -> None:
-    done = cli("label", photos, *options, "--dry-run", "--json", CLIPLET_LABEL_BATCH_SIZE="3")
+    done = cli("label", photos, *options, "--dry-run", CLIPLET_LABEL_JSON="1", CLIPLET_LABEL_BATCH_SIZE="3")
     assert json.loads(done.stdout)["images_per_batch"] == 3
 
 
@@ -336,7 +362,7 @@ def test_an_image_that_the_engine_refuses_costs_only_itself(
     whole = Tagger.score
 
     def fails_on_one_size(self: Tagger, pictures: Any, boxes: Any = None) -> Any:
-        if any(p.shape == (50, 40, 3) for p in pictures):
+        if any(p.pixels.shape == (50, 40, 3) for p in pictures):
             raise EnvironmentError_("the engine ran out of memory")
         return whole(self, pictures, boxes)
 
@@ -360,9 +386,34 @@ def test_scores_that_are_not_finite_are_errors(
         return outputs
 
     monkeypatch.setattr(OnnxRunner, "infer", poisoned)
-    with pytest.raises(DataError, match="none of 24"):
-        labelling.label(job(model, photos, tmp_path / "out"))
-    assert {e.stage for e in read_errors(tmp_path / "out")} == {"infer"}
+    with pytest.raises(EnvironmentError_, match="refused 8 images in a row: .*not finite"):
+        labelling.label(job(model, photos, tmp_path / "out", batch_size=1))
+    monkeypatch.undo()
+    assert labelling.label(job(model, photos, tmp_path / "out")).labelled == 24
+
+
+def test_an_engine_that_dies_is_no_fault_of_the_images(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was labelled before is kept, what was refused is not recorded, and the same job continues."""
+    from cliplet.runners.onnx_runner import OnnxRunner
+
+    infer, calls = OnnxRunner.infer, []
+
+    def dies(self: OnnxRunner, feeds: Any) -> Any:
+        calls.append(len(feeds["image"]))
+        if sum(calls) > 5:
+            raise EnvironmentError_("CUDA failure 999")
+        return infer(self, feeds)
+
+    monkeypatch.setattr(OnnxRunner, "infer", dies)
+    with pytest.raises(EnvironmentError_, match="CUDA failure 999"):
+        labelling.label(job(model, photos, tmp_path / "out", batch_size=5))
+    assert len(rows(tmp_path / "out")) == 5
+    assert read_errors(tmp_path / "out") == []
+    monkeypatch.undo()
+    result = labelling.label(job(model, photos, tmp_path / "out"))
+    assert (result.labelled, result.failed, result.scored_now) == (24, 0, 19)
 
 
 # --- interruptions -----------------------------------------------------------------------------------------

@@ -76,6 +76,25 @@ def test_a_bundle_comes_from_the_cache(toy_clip: Path, monkeypatch: pytest.Monke
     assert export_snippets(job(toy_clip)) == first
 
 
+def test_weights_that_do_not_fit_into_one_file(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graph, "LARGEST_INLINE_BYTES", 1000)
+    monkeypatch.setenv("CLIPLET_CACHE", str(cache_folder() / "large"))
+    bundle = export_snippets(job(toy_clip))
+    assert set(bundle.manifest.files) == {MODEL_FILE, f"{MODEL_FILE}.data"}
+    assert (bundle.folder / MODEL_FILE).stat().st_size < (bundle.folder / f"{MODEL_FILE}.data").stat().st_size
+
+
+def test_a_damaged_trace_is_made_again(
+    toy_clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CLIPLET_CACHE", str(tmp_path))
+    export_snippets(job(toy_clip))
+    (trace,) = (tmp_path / "graphs").glob("*/model.onnx")
+    trace.write_bytes(trace.read_bytes()[:1000])
+    assert export_snippets(job(toy_clip, "sheep,cow")).manifest.vocabulary.names == ("sheep", "cow")
+    assert trace.stat().st_size > 1000
+
+
 def test_what_differs_is_not_kept(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_graph, "TOLERANCE_FP32", 0.0)
     wrong = job(toy_clip, "a class,that fails")

@@ -149,6 +149,8 @@ def test_twenty_steps_from_the_command_line_learn_and_leave_a_model(tmp_path: Pa
     assert metrics["pairs_seen"] == 640
     assert json.loads((out / "recipe.json").read_text())["steps"] == 20
     assert "# `tiny`" in (out / "README.md").read_text()
+    assert set(json.loads((out / "thresholds.json").read_text())) == {"1", "1+2x2", "1+3x3"}
+    assert (out / "classes.txt").read_text().splitlines() == metrics["classes"]
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     assert model.token_embedding.num_embeddings == 49408
     assert sum(path.stat().st_size for path in out.iterdir()) <= 10_000_000
@@ -168,7 +170,7 @@ def test_the_shipped_model_is_small_and_carries_its_records() -> None:
     assert metrics["prompt"] == captions.PROMPT
 
 
-@pytest.mark.parametrize(("part", "floor"), [("test-seen", 75.0), ("test-unseen", 40.0)])
+@pytest.mark.parametrize(("part", "floor"), [("test-seen", 66.0), ("test-unseen", 50.0)])
 def test_the_shipped_model_names_single_objects(shipped: zero_shot.ZeroShot, part: str, floor: float) -> None:
     world = scene_world(part, seed=991, max_objects=1, tail=0.0)
     assert zero_shot.top_1(shipped, world, 150) >= floor
