@@ -211,6 +211,15 @@ def test_the_longer_side_is_shrunk_to_fit(
     assert (picture.width, picture.height) == size
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((400, 300), (133, 100)), ((400, 100), (400, 100)), ((2000, 50), (2000, 50)), ((9000, 90), (2048, 20))],
+)
+def test_the_shorter_side_keeps_its_room(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    picture = decode_image(encoded(photo(*size), "JPEG"), fit=120, short=100)
+    assert picture.pixels.shape == (expected[1], expected[0], 3)
+
+
 @pytest.mark.parametrize("fit", [20, 41, 64, 95])
 def test_a_shrunk_jpeg_looks_like_pillow_s(fit: int) -> None:
     data = encoded(photo(), "JPEG", quality=95)
