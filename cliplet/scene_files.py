@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from cliplet.errors import UsageError
+from cliplet.processes import mapped
 from cliplet.scenes import SceneObject, SceneWorld
 
 LAYOUTS = ("voc", "coco")
@@ -79,7 +78,7 @@ def write_scenes(
     for old in images.glob(f"{world.part}_*.jpg"):
         old.unlink()
     entries: list[_Entry] = []
-    for some in _mapped(partial(_write_chunk, world, images, count), range(0, count, CHUNK), workers):
+    for some in mapped(partial(_write_chunk, world, images, count), range(0, count, CHUNK), workers):
         entries.extend(some)
         if progress:
             progress(len(some))
@@ -89,15 +88,6 @@ def write_scenes(
         size = _write_coco(out, world, entries)
     _write_lists(out, world, entries)
     return Written(len(entries), images, size + sum(entry.size for entry in entries))
-
-
-def _mapped(make: Callable[[int], list[_Entry]], starts: range, workers: int) -> Iterator[list[_Entry]]:
-    if workers <= 1 or len(starts) == 1:
-        yield from map(make, starts)
-        return
-    # Spawned, not forked: the parent may hold the threads of a numerical library.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(make, starts)
 
 
 def _write_chunk(world: SceneWorld, images: Path, count: int, start: int) -> list[_Entry]:

@@ -7,15 +7,14 @@ looks at.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
+from cliplet.processes import mapped
 from cliplet.scenes import Scene, SceneWorld
 
 Box = tuple[int, int, int, int]
@@ -67,7 +66,7 @@ def fragment_bank(
     starts = range(0, scenes, CHUNK)
     make = partial(_chunk, world, scenes, side, fragments_per_scene, empty_kept)
     parts: list[FragmentBank] = []
-    for start, part in zip(starts, _mapped(make, starts, workers), strict=True):
+    for start, part in zip(starts, mapped(make, starts, workers), strict=True):
         parts.append(part)
         if progress:
             progress(min(CHUNK, scenes - start))
@@ -76,15 +75,6 @@ def fragment_bank(
         np.concatenate([p.shares for p in parts]),
         np.concatenate([p.traces for p in parts]),
     )
-
-
-def _mapped(make: Callable[[int], FragmentBank], starts: range, workers: int) -> Iterator[FragmentBank]:
-    if workers <= 1 or len(starts) == 1:
-        yield from map(make, starts)
-        return
-    # Spawned, not forked: the parent may hold the threads of a numerical library.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(make, starts)
 
 
 def _chunk(

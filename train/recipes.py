@@ -49,7 +49,7 @@ class TinyClipRecipe:
     empty_kept: float = 0.5
     tail: float = 0.4
     max_objects: int = 5
-    steps: int = 9500
+    steps: int = 20000
     batch: int = 64
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.05
