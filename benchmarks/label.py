@@ -71,6 +71,11 @@ def compare(options: argparse.Namespace) -> None:
     """Let both take turns, print the table and write the record."""
     weights()
     views = Views.parse(options.views).count
+    peak, per_view = matrix_product_peak(), gflop_per_view()
+    print(
+        f"this machine's float32 matrix product: {peak:.0f} GFLOP/s; one view takes {per_view:.1f} GFLOP",
+        flush=True,
+    )
     measured: dict[str, dict[str, list[float]]] = {}
     for round_number in range(options.rounds):
         for contender in CONTENDERS if round_number % 2 == 0 else reversed(CONTENDERS):
@@ -85,6 +90,7 @@ def compare(options: argparse.Namespace) -> None:
             "images_per_s": spread(r["images_per_s"]),
             "views_per_s": spread([views * v for v in r["images_per_s"]]),
             "peak_mb": spread(r["peak_mb"]),
+            "share_of_peak": per_view * views * spread(r["images_per_s"])["median"] / peak,
         }
         for name, r in measured.items()
     }
@@ -109,6 +115,8 @@ def compare(options: argparse.Namespace) -> None:
             "images": options.photos_are or f"{options.limit} images",
             "views": options.views,
             "rounds": options.rounds,
+            "matrix_product_gflop_per_s": peak,
+            "encoder_gflop_per_view": per_view,
             "rows": rows,
             "ratio_cliplet_to_loop": ratios,
         },
@@ -131,6 +139,33 @@ def weights() -> Path:
         state = open_clip.create_model(ARCHITECTURE).state_dict()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
+
+
+def matrix_product_peak(side: int = 2048, tries: int = 10) -> float:
+    """Best rate in GFLOP/s of a float32 product of square matrices: what no encoder can pass on this machine."""
+    import torch
+
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    seconds = []
+    for _ in range(tries):
+        began = perf_counter()
+        left @ right
+        seconds.append(perf_counter() - began)
+    return 2 * side**3 / min(seconds) / 1e9
+
+
+def gflop_per_view() -> float:
+    """Arithmetic of the image tower for one view, in GFLOP (a multiplication and an addition are two)."""
+    import open_clip
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = open_clip.create_model(ARCHITECTURE, pretrained=str(weights())).eval()
+    # The fused inference path is one opaque operator to the counter.
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops() / 1e9
 
 
 def time_open_clip_loop(paths: Sequence[Path], views: Views, in_memory: bool) -> tuple[float, int]:
