@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 from benchmarks.records import spread, write_record
 from cliplet.artifact import cache_folder
 from cliplet.images import decode_image
+from cliplet.machine import peak_memory_bytes
 from cliplet.plan import TaggerSettings
 from cliplet.scene_files import write_scenes
 from cliplet.scenes import scene_world
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds, images = worker(
             _paths(options.photos, options.limit), Views.parse(options.views), options.in_memory
         )
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak_mb = (peak_memory_bytes() or 0) / 1e6
         print(json.dumps({"seconds": seconds, "images": images, "peak_mb": peak_mb}))
         return 0
     with tempfile.TemporaryDirectory() as folder:

@@ -19,10 +19,11 @@ from cliplet.scene_files import write_scenes
 from cliplet.scenes import scene_world
 
 WORKER = (
-    "import resource, sys\n"
+    "import sys\n"
     "from cliplet.cli import main\n"
+    "from cliplet.machine import peak_memory_bytes\n"
     "code = main(sys.argv[1:])\n"
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+    "print((peak_memory_bytes() or 0) / 1e6)\n"
     "sys.exit(code)"
 )
 DIFFERENT_IMAGES = 500

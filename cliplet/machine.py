@@ -37,6 +37,16 @@ def memory_bytes() -> tuple[int, int, float | None] | None:
     return sizes["MemTotal"], sizes["MemAvailable"], limit
 
 
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has had in use so far; None where it is not known.
+
+    Not getrusage's figure, which a process inherits from the one that started it.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
 def cpu_flags() -> set[str] | None:
     """Instruction sets as the kernel names them; None where it does not."""
     info = Path("/proc/cpuinfo")

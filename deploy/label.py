@@ -35,7 +35,7 @@ from cliplet.tagger import Tagger, load_plan
 
 # A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
 PART_ROWS = 2048
-PART_SECONDS = 20.0
+PART_SECONDS = 10.0
 # Images that the engine refuses one after the other before the engine itself is held to be broken.
 ENGINE_REFUSALS = 8
 

@@ -18,7 +18,18 @@ def test_the_page_is_generated_from_the_records() -> None:
 @pytest.mark.parametrize("path", sorted(records.RESULTS.glob("*.json")), ids=lambda p: p.stem)
 def test_a_record_says_what_where_how_and_when(path: Path) -> None:
     record = json.loads(path.read_text())
-    for field in ("name", "what", "date", "commit", "command", "machine", "versions", "model", "images", "rows"):
+    for field in (
+        "name",
+        "what",
+        "date",
+        "commit",
+        "command",
+        "machine",
+        "versions",
+        "model",
+        "images",
+        "rows",
+    ):
         assert record[field], field
     assert record["machine"]["cores"] > 0
 

@@ -26,6 +26,15 @@ def test_limits_of_a_control_group(files: dict[str, str], limit: list[float], tm
     assert list(machine._limit(tmp_path / next(iter(files), "cpu.max"))) == limit
 
 
+def test_peak_memory_grows_with_what_is_used() -> None:
+    before = machine.peak_memory_bytes()
+    assert before is not None
+    block = bytearray(300_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    after = machine.peak_memory_bytes()
+    assert after is not None and after >= len(block)
+
+
 def test_a_quota_lowers_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_quota", lambda: 1.5)
     assert machine.usable_cores() == 1
