@@ -149,8 +149,7 @@ def demo(out: Path, count: int, seed: int, quiet: bool) -> int:
     return 0
 
 
-def _tell_dry_run(found: Any, as_json: bool) -> None:
-    run: DryRun = found
+def _tell_dry_run(run: DryRun, as_json: bool) -> None:
     facts = {
         "inputs": run.inputs,
         "settled": run.settled,

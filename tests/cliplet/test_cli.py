@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import click
 import pytest
 from helpers import Cli
 
 from cliplet import __version__
 from cliplet.cli import VERBS, cliplet, main
+from cliplet.deploy.label import LabelJob
 from cliplet.errors import ArtifactError, ClipletError, ObjectiveError, ParityError, UsageError
+from cliplet.plan import TaggerSettings
 
 
 def test_help_lists_every_verb_with_its_line(cli: Cli) -> None:
@@ -27,6 +31,17 @@ def test_every_verb_loads_and_documents_every_option() -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.name not in ("out", "version"):
                 assert parameter.help, f"{verb} {parameter.name}"
+
+
+def test_the_options_of_label_have_the_defaults_of_the_settings() -> None:
+    """They are written twice, because `--help` must not import what the settings need."""
+    command = cliplet.get_command(click.Context(cliplet), "label")
+    assert command is not None
+    options = command.make_context("label", ["photos"]).params
+    own = {f.name: f.default for kind in (TaggerSettings, LabelJob) for f in fields(kind)}
+    shared = options.keys() & own.keys() - {"out", "sources"}
+    assert len(shared) > 15
+    assert {name: options[name] for name in shared} == {name: own[name] for name in shared}
 
 
 def test_the_version(cli: Cli) -> None:

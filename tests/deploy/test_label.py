@@ -495,7 +495,7 @@ def test_two_runs_into_one_folder(cli: Cli, photos: Path, options: list[str], tm
 def test_a_full_disk_ends_the_run_and_keeps_what_was_written(
     many: Path, options: list[str], tmp_path: Path
 ) -> None:
-    """No file may grow past 12 kB here, as on a disk with no more room; then the limit is lifted."""
+    """After three parts no file may grow past 700 bytes, as on a disk with no more room; then all is well again."""
     starved = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import cliplet.labels as b\n"
