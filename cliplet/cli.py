@@ -28,6 +28,8 @@ VERBS = {
     "gallery": "Make one HTML page of labelled images.",
     "scenes": "Make images with exactly known contents, to test and train on.",
     "train": "Train models (the embedded CLIP).",
+    "eval": "Measure a model on labelled images, with pictures.",
+    "calibrate": "Find the score of each class from which on a model should tag it.",
 }
 
 

@@ -14,7 +14,6 @@ Legend: C classes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cliplet.errors import ArtifactError, DataError, EnvironmentError_, UsageError, explained_os_errors
+from cliplet.errors import ArtifactError, DataError, UsageError, explained_os_errors
+from cliplet.lock import lock_folder
 
 LABELS_SCHEMA = pa.schema(
     [
@@ -100,25 +100,9 @@ class LabelStore:
         return self.folder / "run.json"
 
     def __enter__(self) -> LabelStore:
+        self._lock = lock_folder(self.folder)
         with explained_os_errors(self.folder):
-            self.parts_folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            if not isinstance(error, BlockingIOError):
-                raise EnvironmentError_(
-                    f"cannot lock {self.folder}: {error.strerror}",
-                    "a file system that knows locks, so that two runs cannot write one folder",
-                    "choose another --out, on a local disk",
-                ) from error
-            raise UsageError(
-                f"another run is writing to {self.folder}",
-                "one run at a time in one output folder",
-                "wait for it to end, or give this run its own folder with --out",
-            ) from None
+            self.parts_folder.mkdir(exist_ok=True)
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from typing import Any
 from cliplet.artifact import Bundle
 from cliplet.errors import UsageError
 from cliplet.model_spec import ModelSpec, parse_model_spec
+from cliplet.thresholds import THRESHOLDS_FILE, Thresholds, thresholds_from_json
 from cliplet.views import Aggregation, Views
 from cliplet.vocabulary import Vocabulary, prompt_set, read_vocabulary
 
@@ -93,8 +94,11 @@ class Plan:
         return max(1, VIEWS_PER_BATCH // self.views.count)
 
 
-def make_plan(settings: TaggerSettings) -> Plan:
+def make_plan(settings: TaggerSettings, vocabulary: Vocabulary | None = None) -> Plan:
     """Everything about a tagger that can be known, and refused, without loading an engine.
+
+    Args:
+        vocabulary: the classes and prompts, where they are no text that a settings field could hold.
 
     Raises:
         UsageError, DataError, ArtifactError: the model, classes, prompts, views or thresholds are no good.
@@ -103,22 +107,24 @@ def make_plan(settings: TaggerSettings) -> Plan:
     views = Views.parse(settings.views)
     bundle = Bundle.load(spec.bundle) if spec.bundle else None
     if bundle is not None:
-        vocabulary = _bundle_vocabulary(bundle, settings)
+        own = _bundle_vocabulary(bundle, settings, vocabulary)
         aggregation = _bundle_aggregation(bundle, settings)
         calibrated = dict(bundle.manifest.thresholds)
     else:
-        vocabulary = _chosen_vocabulary(spec, settings)
+        own = vocabulary or _chosen_vocabulary(spec, settings)
         aggregation = _asked_aggregation(settings, Aggregation())
-        calibrated = _calibrated_thresholds(spec, vocabulary)
-    value, source = _threshold(settings, str(views), aggregation, calibrated)
-    thresholds = (value,) * len(vocabulary.names)
-    return Plan(settings, spec, vocabulary, views, aggregation, thresholds, source, bundle, calibrated)
+        calibrated = _calibrated_thresholds(spec, own)
+    thresholds = _thresholds(settings, own, str(views), aggregation, calibrated)
+    found, source = thresholds.values, thresholds.source
+    return Plan(settings, spec, own, views, aggregation, found, source, bundle, calibrated)
 
 
-def _bundle_vocabulary(bundle: Bundle, settings: TaggerSettings) -> Vocabulary:
+def _bundle_vocabulary(bundle: Bundle, settings: TaggerSettings, given: Vocabulary | None) -> Vocabulary:
     vocabulary = bundle.manifest.vocabulary
-    prompts = prompt_set(settings.prompts) if settings.prompts else vocabulary.prompts
-    asked = vocabulary.names if settings.classes is None else read_vocabulary(settings.classes).names
+    prompts = prompt_set(settings.prompts) if settings.prompts else (given or vocabulary).prompts
+    asked = (
+        (given or vocabulary).names if settings.classes is None else read_vocabulary(settings.classes).names
+    )
     if asked != vocabulary.names or prompts != vocabulary.prompts:
         raise UsageError(
             f"the bundle {bundle.folder} was made for other classes or prompts than --classes and --prompts name",
@@ -170,22 +176,27 @@ def _calibrated_thresholds(spec: ModelSpec, vocabulary: Vocabulary) -> dict[str,
     They were found for the model's own classes and prompts; softmax scores among others mean something else.
     """
     own = _own_vocabulary(spec)
-    file = spec.folder / "thresholds.json" if spec.folder else None
+    file = spec.folder / THRESHOLDS_FILE if spec.folder else None
     if own is None or file is None or not file.is_file() or own.to_json() != vocabulary.to_json():
         return {}
     calibrated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return calibrated
 
 
-def _threshold(
-    settings: TaggerSettings, views: str, aggregation: Aggregation, calibrated: dict[str, Any]
-) -> tuple[float, str]:
+def _thresholds(
+    settings: TaggerSettings,
+    vocabulary: Vocabulary,
+    views: str,
+    aggregation: Aggregation,
+    calibrated: dict[str, Any],
+) -> Thresholds:
     if settings.threshold is not None:
-        return settings.threshold, f"{settings.threshold}, given"
-    if aggregation == Aggregation() and views in calibrated:
-        value = float(calibrated[views]["value"])
-        return value, f"{value}, calibrated with the model: {calibrated[views]['how']}"
-    return (
-        DEFAULT_THRESHOLD,
-        f"{DEFAULT_THRESHOLD}, not calibrated for this model; choose one with --threshold",
+        return Thresholds.same(settings.threshold, vocabulary.names, "given")
+    entry = calibrated.get(views)
+    # An entry that names no aggregation was found with the usual one.
+    named = entry.get("aggregation", {}) if isinstance(entry, dict) else {}
+    if entry is not None and aggregation == Aggregation(**named):
+        return thresholds_from_json(entry, vocabulary.names, f"{settings.model}, views {views},")
+    return Thresholds.same(
+        DEFAULT_THRESHOLD, vocabulary.names, "not calibrated for this model; choose one with --threshold"
     )

@@ -25,6 +25,9 @@ MAX_CANVAS = 640
 OVERSAMPLING = 2
 # Canvas sides are multiples of this, so that an engine meets few different shapes.
 CANVAS_STEP = 32
+# What ImageNet classifiers are fed with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 AGGREGATIONS = ("cdul", "max", "mean")

@@ -45,11 +45,13 @@ class PromptSet:
         return [template.replace("{}", name) for template in self.templates]
 
 
+# `ccd` is the one template of Classifier-guided CLIP Distillation (CVPR 2025).
 # `ensemble7` holds the seven templates that CLIP's authors found to be the best small ensemble on ImageNet.
 PROMPT_SETS: dict[str, PromptSet] = {
     p.name: p
     for p in (
         PromptSet("photo", 1, ("a photo of a {}",)),
+        PromptSet("ccd", 1, ("a photo of the {}",)),
         PromptSet(
             "ensemble7",
             1,
@@ -69,6 +71,16 @@ PROMPT_SETS: dict[str, PromptSet] = {
 DEFAULT_PROMPT_SET = "photo"
 # What makes a word on the command line the name of a file that should be there.
 CLASS_FILE_SUFFIXES = (".txt", ".csv", ".names", ".lst")
+# Names of known class lists, and the file of each in assets/classes.
+CLASS_LISTS = {
+    "voc": "voc.txt",
+    "voc07": "voc.txt",
+    "voc12": "voc.txt",
+    "coco": "coco.txt",
+    "coco14": "coco.txt",
+    "coco17": "coco.txt",
+    "nus": "nus.txt",
+}
 
 
 @dataclass(frozen=True)
@@ -154,8 +166,29 @@ def prompt_set(name: str) -> PromptSet:
     return PROMPT_SETS[name]
 
 
+def known_vocabulary(name: str, prompts: PromptSet | None = None) -> Vocabulary:
+    """The classes of a public data set in its official order, written for people (`tv monitor`).
+
+    Pascal VOC's 20 (`voc`, `voc07`, `voc12`), COCO's 80 (`coco`, `coco14`, `coco17`), NUS-WIDE's 81 (`nus`).
+
+    Raises:
+        UsageError: no list has that name.
+    """
+    if name not in CLASS_LISTS:
+        raise UsageError(
+            f"no class list is called {name!r}",
+            f"one of {', '.join(CLASS_LISTS)}",
+            "name one of them, or write a class file",
+        )
+    path = Path(__file__).parent / "assets" / "classes" / CLASS_LISTS[name]
+    chosen = prompts or PROMPT_SETS[DEFAULT_PROMPT_SET]
+    return Vocabulary(_parse_classes(path), chosen, f"the class list {name}")
+
+
 def read_vocabulary(classes: str, prompts: PromptSet | None = None) -> Vocabulary:
-    """The vocabulary named on a command line: a class file, or names separated by commas.
+    """The vocabulary named on a command line: a class file, a known list, or names separated by commas.
+
+    A file comes first: it is also how to have a single class called `voc`.
 
     Raises:
         UsageError: it looks like a file, and there is none.
@@ -165,6 +198,8 @@ def read_vocabulary(classes: str, prompts: PromptSet | None = None) -> Vocabular
     # Not Path.is_file, which raises on a list of names that is longer than a file name may be.
     if os.path.isfile(classes):
         return Vocabulary(_parse_classes(Path(classes)), chosen, classes)
+    if classes in CLASS_LISTS:
+        return known_vocabulary(classes, chosen)
     looks_like_a_file = os.sep in classes or classes.endswith(CLASS_FILE_SUFFIXES) or os.path.isdir(classes)
     if looks_like_a_file and "," not in classes and classes.strip():
         raise UsageError(

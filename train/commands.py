@@ -1,4 +1,4 @@
-"""The verbs `cliplet scenes` and `cliplet train`; each imports what it needs only when it runs."""
+"""The verb `cliplet scenes`, and `cliplet train tiny`; each imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -61,12 +61,7 @@ def scenes(
     click.echo(f"next: cliplet label {done.images} --classes {out / 'classes.txt'} --out {out / 'labels'}")
 
 
-@click.group()
-def train() -> None:
-    """Train a model, each subcommand by its own recipe."""
-
-
-@train.command()
+@click.command()
 @click.option("--out", type=FOLDER, required=True, help="Folder of the model; made where it is missing.")
 @click.option("--seed", type=int, help="Of everything random.")
 @click.option("--scenes", type=int, help="Scenes made for training.")

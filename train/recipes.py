@@ -1,11 +1,16 @@
-"""Complete settings of a run, each built by a function that names it: `tiny_clip()`.
+"""Complete settings of a run, each built by a function that names it: `tiny_clip()`, `scenes_ccd()`.
 
 A recipe is frozen and every field is read somewhere. The resolved one is saved beside the result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, replace
+
+from cliplet.errors import UsageError
+
+from .classifier_recipe import METHODS, ClassifierRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +76,131 @@ class TinyClipRecipe:
 def tiny_clip() -> TinyClipRecipe:
     """The recipe of the shipped asset `tiny`."""
     return TinyClipRecipe()
+
+
+def voc12_ccd_released() -> ClassifierRecipe:
+    """CCD on VOC 2012 as the public code runs it (METHODS 1.2 to 1.11), what is odd in it included."""
+    return ClassifierRecipe(
+        dataset="voc12",
+        eval_split="val",
+        prompts="ccd",
+        scoring="one_by_one",
+        teacher_size=640,
+        teacher_normalisation="imagenet",
+        softmax_scale=100.0,
+        bias_guard="none",
+        floor=1 / 20,
+        trunk="resnet50.tv_in1k",
+        precision="fp32",
+        channels_last=False,
+        box_rule="first_last",
+        crop_shape="stretched",
+        threshold_search="walk",
+        mean_classes=4.0,
+        max_regions=20,
+        selection="released",
+        held_out=0.0,
+    )
+
+
+def voc12_ccd() -> ClassifierRecipe:
+    """CCD on VOC 2012, mended: what `ClassifierRecipe` has by default."""
+    return ClassifierRecipe(dataset="voc12", eval_split="val")
+
+
+def voc07_ccd() -> ClassifierRecipe:
+    """CCD on VOC 2007, mended; nothing about the published settings for it is known."""
+    return ClassifierRecipe(dataset="voc07", train_split="trainval", eval_split="test")
+
+
+def coco14_ccd() -> ClassifierRecipe:
+    """CCD on COCO 2014, mended; nothing about the published settings for it is known."""
+    return ClassifierRecipe(dataset="coco14", eval_split="val", expected_count=2.9, large_loss_percent=0.4)
+
+
+def nus_ccd() -> ClassifierRecipe:
+    """CCD on NUS-WIDE, mended; nothing about the published settings for it is known."""
+    return ClassifierRecipe(dataset="nus", expected_count=1.9, large_loss_percent=0.4)
+
+
+def folder_ccd() -> ClassifierRecipe:
+    """CCD on a folder of images of one's own."""
+    return ClassifierRecipe(dataset="folder", train_split="all", eval_split="")
+
+
+def scenes_ccd() -> ClassifierRecipe:
+    """CCD on the scene world, mended, small enough for two cores: `tiny` teaches its own trunk to see 160 pixels."""
+    return ClassifierRecipe(
+        dataset="scenes",
+        eval_split="test-seen",
+        train_scenes=4000,
+        eval_scenes=2000,
+        teacher="tiny",
+        trunk="test_resnet",
+        trunk_weights="teacher",
+        image_size=160,
+        region_size=224,
+        epochs=4,
+        batch=32,
+        learning_rate=1e-3,
+        expected_count=2.5,
+    )
+
+
+def scenes_ccd_released() -> ClassifierRecipe:
+    """The public code's way on the scene world: its rules, with sizes in the proportion 448 : 640."""
+    return replace(
+        scenes_ccd(),
+        **{
+            name: getattr(voc12_ccd_released(), name)
+            for name in (
+                "scoring", "teacher_normalisation", "bias_guard", "floor", "box_rule", "crop_shape",
+                "threshold_search", "mean_classes", "max_regions", "selection", "held_out",
+            )
+        },
+        teacher_size=96,
+    )  # fmt: skip
+
+
+def with_method(recipe: ClassifierRecipe, method: str) -> ClassifierRecipe:
+    """The same data, student and schedule with another method, looking where that method looks."""
+    return replace(recipe, method=method, views="1+3x3" if method == "cdul" else "1")
+
+
+def classifier_recipe(name: str) -> ClassifierRecipe:
+    """The recipe called `name`: `voc12_ccd`, `voc12_ccd_released`, `scenes_ll_r`, …
+
+    Raises:
+        UsageError: there is none.
+    """
+    names = classifier_recipes()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        raise UsageError(
+            f"no recipe is called {name!r}",
+            f"one of {', '.join(names)}",
+            f"cliplet train {close[0] if close else names[0]}",
+        )
+    complete = {f.__name__: f for f in (*_CCD, voc12_ccd_released, scenes_ccd_released)}
+    if name in complete:
+        return complete[name]()
+    base, method = next(
+        (f, name.removeprefix(f.__name__.removesuffix("ccd")))
+        for f in _CCD
+        if name.startswith(f.__name__.removesuffix("ccd"))
+    )
+    return with_method(base(), method)
+
+
+def classifier_recipes() -> list[str]:
+    """Names of all recipes of classifiers, data set by data set."""
+    names = []
+    for base in _CCD:
+        prefix = base.__name__.removesuffix("ccd")
+        names += [prefix + method for method in METHODS]
+        if prefix in ("voc12_", "scenes_"):
+            names.append(f"{prefix}ccd_released")
+    return names
+
+
+_CCD = (scenes_ccd, voc12_ccd, voc07_ccd, coco14_ccd, nus_ccd, folder_ccd)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from cliplet.metrics import average_precisions, mean_average_precision
+from cliplet.pseudo_labels import clip_bias as class_bias
 from cliplet.scenes import Scene, SceneWorld, scene_world
 
 from .captions import PROMPT
@@ -29,7 +30,6 @@ GRIDS = (2, 3)
 VIEW_SETS = {"whole": [0], "1+2x2": [0, *range(1, 5)], "1+3x3": [0, *range(5, 14)]}
 Progress = Callable[[str, int, int], None]  # stage, items just done, items in all
 FAR_AWAY = 10_000_000  # scenes of the training part from here on are in no training bank
-LOW_ENTROPY = 2.0  # nats; CCD estimates bias on images that are surer than this
 
 
 class ZeroShot:
@@ -66,20 +66,6 @@ def view_scores(probs_NVC: np.ndarray) -> np.ndarray:
     if probs_NVC.shape[1] == 1:
         return probs_NVC[:, 0]
     return 0.5 * (probs_NVC[:, 0] + probs_NVC[:, 1:].max(1))
-
-
-def class_bias(probs_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean top-1 probability of each class over low-entropy images, and how many such images: both [C].
-
-    A class that is never top-1 on one has bias nan and count 0.
-    """
-    entropy_N = -(probs_NC * np.log(probs_NC + 1e-10)).sum(1)
-    sure = probs_NC[entropy_N <= LOW_ENTROPY]
-    top_N = sure.argmax(1)
-    counts_C = np.bincount(top_N, minlength=probs_NC.shape[1])
-    sums_C = np.bincount(top_N, weights=sure.max(1), minlength=probs_NC.shape[1])
-    with np.errstate(invalid="ignore"):
-        return sums_C / counts_C, counts_C
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from PIL import Image
 
 import cliplet
 from cliplet.artifact import MODEL_FILE
-from cliplet.errors import ClipletError, DataError, UsageError
+from cliplet.errors import ArtifactError, ClipletError, DataError, UsageError
 from cliplet.plan import TaggerSettings, make_plan
+from cliplet.vocabulary import ClassName, Vocabulary, prompt_set
 
 CLASSES = "cat,dog,bird"
 
@@ -111,6 +112,35 @@ def test_thresholds_come_with_the_model_when_they_were_calibrated(toy_clip: Path
         plan = make_plan(TaggerSettings(model=model, views="1+2x2", **other))
         assert "not calibrated" in plan.threshold_source
     assert make_plan(TaggerSettings(model=model, threshold=0.1)).thresholds == (0.1, 0.1)
+
+
+def test_thresholds_may_differ_by_class(toy_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_clip, tmp_path / "calibrated")
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    file = folder / "thresholds.json"
+    entry = {"values": {"dog": 0.0, "cat": 0.999}, "how": "best F1"}
+    file.write_text(json.dumps({"1": entry, "1+2x2": {**entry, "aggregation": {"kind": "max", "zeta": 0.0}}}))
+    model = f"open_clip:local-dir:{folder}"
+    plan = make_plan(TaggerSettings(model=model, views="1"))
+    assert plan.thresholds == (0.999, 0.0)
+    assert plan.threshold_source == "0 to 0.999 by class, calibrated with the model: best F1"
+    with cliplet.load(model, views="1", runtime="torch") as tagger:
+        assert tagger.label([picture(90, 60)])[0].labels == ("dog",)
+    for aggregate, found in ((None, (0.3, 0.3)), ("max", (0.999, 0.0))):
+        settings = TaggerSettings(model=model, views="1+2x2", aggregate=aggregate)
+        assert make_plan(settings).thresholds == found
+    file.write_text(json.dumps({"1": {"values": {"dog": 0.1, "bird": 0.2}, "how": "?"}}))
+    with pytest.raises(ArtifactError, match="of other classes: 'bird', 'cat'"):
+        make_plan(TaggerSettings(model=model, views="1"))
+
+
+def test_a_vocabulary_may_be_given_as_it_is(toy_clip: Path, bundle: Path) -> None:
+    own = Vocabulary((ClassName("cat", ("kitten", "tom")), ClassName("dog")), prompt_set("the {}"))
+    plan = make_plan(TaggerSettings(model=f"open_clip:local-dir:{toy_clip}"), own)
+    assert plan.vocabulary is own
+    assert len(plan.thresholds) == 2
+    with pytest.raises(UsageError, match="other classes or prompts"):
+        make_plan(TaggerSettings(model=str(bundle)), own)
 
 
 def test_a_model_without_classes_asks_for_them(toy_clip: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cliplet.errors import ClipletError, DataError, UsageError
-from cliplet.vocabulary import PROMPT_SETS, Vocabulary, prompt_set, read_vocabulary
+from cliplet.vocabulary import PROMPT_SETS, Vocabulary, known_vocabulary, prompt_set, read_vocabulary
 
 
 def test_a_class_file_has_synonyms_and_comments(tmp_path: Path) -> None:
@@ -67,7 +67,48 @@ def test_a_class_file_that_is_no_text(tmp_path: Path) -> None:
         read_vocabulary(str(tmp_path / "classes.txt"))
 
 
+@pytest.mark.parametrize(
+    ("names", "count", "some"),
+    [
+        (
+            ("voc", "voc07", "voc12"),
+            20,
+            {0: "aeroplane", 10: "dining table", 15: "potted plant", 19: "tv monitor"},
+        ),
+        (("coco", "coco14", "coco17"), 80, {0: "person", 11: "stop sign", 62: "tv", 79: "toothbrush"}),
+        (("nus",), 81, {0: "airport", 42: "person", 80: "zebra"}),
+    ],
+)
+def test_known_class_lists_are_in_the_official_order(
+    names: tuple[str, ...], count: int, some: dict[int, str]
+) -> None:
+    for name in names:
+        vocabulary = known_vocabulary(name, PROMPT_SETS["ccd"])
+        assert len(vocabulary.names) == count
+        assert {c: vocabulary.names[c] for c in some} == some
+        assert vocabulary.sentences()[0] == [f"a photo of the {some[0]}"]
+        assert read_vocabulary(name).names == vocabulary.names
+        # VOC and NUS-WIDE are alphabetical as the files spell them.
+        assert "coco" in name or list(vocabulary.names) == sorted(vocabulary.names)
+
+
+def test_a_list_that_is_not_known() -> None:
+    with pytest.raises(UsageError, match="voc12"):
+        known_vocabulary("voc2012")
+
+
+def test_a_file_wins_over_a_known_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voc").mkdir()
+    assert len(read_vocabulary("voc").names) == 20
+    (tmp_path / "voc").rmdir()
+    (tmp_path / "voc").write_text("voc\n")
+    assert read_vocabulary("voc").names == ("voc",)
+    assert read_vocabulary("voc,coco").names == ("voc", "coco")
+
+
 def test_prompt_sets() -> None:
+    assert PROMPT_SETS["ccd"].version == 1
     assert prompt_set("photo").sentences("cat") == ["a photo of a cat"]
     assert len(prompt_set("ensemble7").templates) == 7
     assert prompt_set("one {}|two {}").templates == ("one {}", "two {}")

@@ -1,0 +1,82 @@
+"""What a run's folder says of it: which run it is, so that another is refused, and whether it has ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cliplet.datasets import Dataset
+from cliplet.errors import UsageError
+from cliplet.labels import write_atomically
+
+from .classifier_recipe import ClassifierRecipe
+
+RUN_SCHEMA = 1
+
+
+def clear_run(out: Path) -> None:
+    """Remove what earlier runs left in `out`; its scenes and label banks stay, since they fit any recipe."""
+    for name in ("checkpoint", "classifier", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("run.json", "report.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def begin_run(
+    recipe: ClassifierRecipe, data: Dataset, evaluation: Dataset | None, out: Path, writes: bool
+) -> dict[str, Any] | None:
+    """The report of this very run if it has ended; else None, its settings being kept in run.json.
+
+    Args:
+        writes: whether this process is the one that writes.
+
+    Raises:
+        UsageError: the folder holds another run.
+    """
+    told = [described(d) for d in (data, evaluation) if d is not None]
+    run = json.loads(json.dumps({"schema": RUN_SCHEMA, "recipe": recipe.to_json(), "data": told}))
+    file = out / "run.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = _differences(before, run)
+        if changed:
+            raise UsageError(
+                f"{out} holds another run, which differs in {', '.join(changed[:6])}",
+                "the same recipe and data, which would continue it",
+                "choose another --out, or start anew with --overwrite",
+            )
+    elif writes:
+        write_atomically(file, json.dumps(run, indent=2).encode())
+    report = out / "report.json"
+    if not report.exists():
+        return None
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    then, recipe = before.get("recipe", {}), now["recipe"]
+    changed = [
+        f"{name} ({then.get(name)} then, {recipe.get(name)} now)"
+        for name in sorted(then.keys() | recipe.keys())
+        if then.get(name) != recipe.get(name)
+    ]
+    return changed + (["the images"] if before.get("data") != now["data"] else [])
+
+
+def described(data: Dataset) -> dict[str, Any]:
+    """What tells one data set from another."""
+    paths = hashlib.sha256("\n".join(data.paths).encode()).hexdigest()
+    truth = None if data.truth_NC is None else hashlib.sha256(data.truth_NC.tobytes()).hexdigest()
+    return {
+        "name": data.name,
+        "split": data.split,
+        "images": len(data.images),
+        "classes": list(data.vocabulary.names),
+        "paths_sha256": paths,
+        "truth_sha256": truth,
+        "notes": list(data.notes),
+    }

@@ -1,0 +1,68 @@
+"""The processes that train together: Fabric set up from a recipe, and what they have to tell each other.
+
+One process by itself, or as many as `torchrun` starts: `torchrun --nproc-per-node 2 -m cliplet.cli train …`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.strategies.ddp import DDPStrategy
+
+from cliplet.errors import UsageError
+
+from .predict import usable_device
+
+FABRIC_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def launched(precision: str, device: str, out: Path) -> Fabric:
+    """Fabric for this process and its siblings, with a TensorBoard log in `out`.
+
+    Raises:
+        EnvironmentError_: torch has no such device.
+        UsageError: float16 on a CPU, which has no loss scaling.
+    """
+    usable_device(device)
+    if precision == "fp16" and device == "cpu":
+        raise UsageError("precision fp16 on the CPU", "fp32 or bf16 there", "--set precision=bf16")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Float32 means float32: on a GPU, convolutions would otherwise round to 10 bits of mantissa.
+    torch.backends.cudnn.allow_tf32 = False
+    # Two forward passes a step (plain and jittered view) would meet buffers that DDP changes in between; `loop`
+    # averages them at the end of an epoch instead.
+    strategy = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=FABRIC_PRECISIONS[precision],  # type: ignore[arg-type]
+        loggers=TensorBoardLogger(out, name="tensorboard", version=""),
+    )
+    fabric.launch()
+    return fabric
+
+
+def summed(fabric: Fabric, array: np.ndarray) -> np.ndarray:
+    """The sum over processes of arrays of one shape, each of which holds its own rows and zeros elsewhere."""
+    if fabric.world_size == 1:
+        return array
+    total = fabric.all_reduce(torch.from_numpy(array).to(fabric.device), reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return total.cpu().numpy()
+
+
+def averaged_buffers(fabric: Fabric, module: torch.nn.Module) -> None:
+    """Make the statistics of batch normalisation the mean over processes."""
+    if fabric.world_size == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))
