@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Let both take turns, print the table and write the record."""
-    weights()
+    random_weights(ARCHITECTURE)
     views = Views.parse(options.views).count
     peak, per_view = matrix_product_peak(), gflop_per_view()
     print(
@@ -126,9 +126,9 @@ def compare(options: argparse.Namespace) -> None:
     print(f"wrote {record}")
 
 
-def weights() -> Path:
-    """Random weights of the architecture, made once, in the cache folder."""
-    path = cache_folder() / "benchmarks" / f"{ARCHITECTURE}.safetensors"
+def random_weights(architecture: str) -> Path:
+    """Random weights of an open_clip architecture, made once, in the cache folder; they change no time."""
+    path = cache_folder() / "benchmarks" / f"{architecture}.safetensors"
     if not path.exists():
         import open_clip
         import torch
@@ -136,7 +136,7 @@ def weights() -> Path:
 
         torch.manual_seed(0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = open_clip.create_model(ARCHITECTURE).state_dict()
+        state = open_clip.create_model(architecture).state_dict()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
 
@@ -160,7 +160,7 @@ def gflop_per_view() -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = open_clip.create_model(ARCHITECTURE, pretrained=str(weights())).eval()
+    model = open_clip.create_model(ARCHITECTURE, pretrained=str(random_weights(ARCHITECTURE))).eval()
     # The fused inference path is one opaque operator to the counter.
     torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -174,7 +174,9 @@ def time_open_clip_loop(paths: Sequence[Path], views: Views, in_memory: bool) ->
     import torch
     from PIL import Image
 
-    model, _, transform = open_clip.create_model_and_transforms(ARCHITECTURE, pretrained=str(weights()))
+    model, _, transform = open_clip.create_model_and_transforms(
+        ARCHITECTURE, pretrained=str(random_weights(ARCHITECTURE))
+    )
     model = model.eval()
     tokens = open_clip.get_tokenizer(ARCHITECTURE)([f"a photo of a {name}" for name in CLASSES.split(",")])
 
@@ -209,7 +211,7 @@ def time_cliplet(paths: Sequence[Path], views: Views, in_memory: bool) -> tuple[
     from cliplet.deploy.label import LabelJob, label
 
     settings = TaggerSettings(
-        model=f"open_clip:{ARCHITECTURE}/{weights()}", classes=CLASSES, views=str(views)
+        model=f"open_clip:{ARCHITECTURE}/{random_weights(ARCHITECTURE)}", classes=CLASSES, views=str(views)
     )
     if not in_memory:
         with tempfile.TemporaryDirectory() as folder:

@@ -23,9 +23,8 @@ from time import perf_counter
 
 import numpy as np
 
-from benchmarks.label import CLASSES
+from benchmarks.label import CLASSES, random_weights
 from benchmarks.records import spread, write_record
-from cliplet.artifact import cache_folder
 from cliplet.images import ImageRef, Picture, decode_image, find_images, read_image
 from cliplet.machine import peak_memory_bytes
 from cliplet.model_spec import parse_model_spec
@@ -194,20 +193,8 @@ def one_by_one(model: str, images: Sequence[ImageRef], size: int | None) -> tupl
 
 
 def named(model: str) -> str:
-    """The model as cliplet names it; random weights of a CLIP architecture are made once, in the cache folder."""
-    if model == "tiny":
-        return model
-    path = cache_folder() / "benchmarks" / f"{model}.safetensors"
-    if not path.exists():
-        import open_clip
-        import torch
-        from safetensors.torch import save_file
-
-        torch.manual_seed(0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = open_clip.create_model(model).state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    return f"open_clip:{model}/{path}"
+    """The model as cliplet names it; CLIP architectures get random weights."""
+    return model if model == "tiny" else f"open_clip:{model}/{random_weights(model)}"
 
 
 def _in_process(options: argparse.Namespace, contender: str, model: str) -> dict[str, float]:

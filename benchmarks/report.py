@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import RESULTS
+from cliplet.train.compare import markdown
 
 README = Path(__file__).parent / "README.md"
 HEAD = """# Measurements
@@ -28,6 +29,8 @@ def report() -> str:
     records = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
     speeds = [r for r in records if r["name"].startswith("label_")]
     memories = [r for r in records if r["name"].startswith("label-memory_")]
+    passes = [r for r in records if r["name"].startswith("label-pass_")]
+    comparisons = [r for r in records if r["name"].startswith("train-compare_")]
     parts = [HEAD]
     if speeds:
         parts.append(
@@ -35,13 +38,23 @@ def report() -> str:
         )
     if memories:
         parts.append("## Memory against the number of images\n\n" + "\n".join(map(_memory, memories)))
+    if passes:
+        parts.append(
+            "## Pseudo-labels: the batched pass against one crop at a time\n\n"
+            + "\n".join(map(_pass, passes))
+        )
+    if comparisons:
+        parts.append(
+            "## Training: every method, several seeds\n\n" + "\n".join(map(_comparison, comparisons))
+        )
     return "\n".join(parts)
 
 
 def _origin(record: dict[str, Any]) -> str:
     where = record["machine"]
+    views = f"; views `{record['views']}`" if "views" in record else ""
     return (
-        f"{record['model']}; {record['images']}; views `{record['views']}`. {where['cores']} cores of "
+        f"{record['model']}; {record['images']}{views}. {where['cores']} cores of "
         f"{where['processor']} ({', '.join(where['flags'])}), commit `{record['commit']}`, {record['date'][:10]}: "
         f"`{record['command']}` → [{record['file']}](results/{record['file']})\n"
     )
@@ -74,6 +87,24 @@ def _memory(record: dict[str, Any]) -> str:
     for count, row in record["rows"].items():
         lines.append(f"| {int(count):,} | {row['peak_mb']:.0f} MB | {row['images_per_s']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _pass(record: dict[str, Any]) -> str:
+    lines = [
+        _origin(record),
+        f"{record['views_per_image']:.1f} views and crops an image; {record['what']}.\n",
+        "| | images/s | spread | batched is faster by |",
+        "|---|---|---|---|",
+    ]
+    for name, row in record["rows"].items():
+        rate, ratio = row["images_per_s"], record["ratio_batched_to"].get(name)
+        faster = f"**{ratio['median']:.1f}** ({ratio['min']:.1f} to {ratio['max']:.1f})" if ratio else ""
+        lines.append(f"| {name} | {rate['median']:.2f} | {rate['min']:.2f} to {rate['max']:.2f} | {faster} |")
+    return "\n".join(lines) + "\n"
+
+
+def _comparison(record: dict[str, Any]) -> str:
+    return f"{_origin(record)}\n{markdown(record)}"
 
 
 def main() -> int:

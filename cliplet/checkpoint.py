@@ -33,7 +33,7 @@ def save_arrays(
     Raises:
         EnvironmentError_: the folder cannot be written.
     """
-    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = f"{stem}-{digest[:12]}.safetensors"
     with explained_os_errors(folder):
@@ -41,7 +41,8 @@ def save_arrays(
     write_atomically(folder / file, data)
     described = {"schema": SCHEMA, "arrays": file, "sha256": digest, **details}
     write_atomically(folder / f"{stem}.json", json.dumps(described, indent=2).encode())
-    for other in folder.glob(f"{stem}-*.safetensors"):
+    # The second kind is what a kill in the middle of writing left.
+    for other in folder.glob(f"{stem}-*.safetensors*"):
         if other.name != file:
             other.unlink()
 

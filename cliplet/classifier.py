@@ -43,7 +43,7 @@ class ClassifierConfig:
     preprocessing: Preprocessing
 
     def __post_init__(self) -> None:
-        if not timm.is_model(self.trunk):
+        if not _is_known(self.trunk):
             raise UsageError(
                 f"timm has no model {self.trunk!r}",
                 "the name of a timm model",
@@ -84,7 +84,9 @@ class Classifier(nn.Module):
                 "a model with forward_intermediates: ResNets, ConvNeXts, EfficientNets, ViTs and most others",
                 "choose another trunk",
             )
-        self.head = nn.Conv2d(self.trunk.num_features, len(vocabulary.names), kernel_size=1)
+        # Not `num_features`: EfficientNets and their like have a convolution more before their own head.
+        channels = self.trunk.feature_info[-1]["num_chs"]
+        self.head = nn.Conv2d(channels, len(vocabulary.names), kernel_size=1)
         self.register_buffer("mean", torch.tensor(config.preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.preprocessing.std).view(3, 1, 1), persistent=False)
 
@@ -97,6 +99,14 @@ class Classifier(nn.Module):
         cam_BChw = self.head(features_BDhw)
         boosted_BChw = torch.where(cam_BChw > 0, self.config.boost * cam_BChw, cam_BChw)
         return boosted_BChw.mean(dim=(2, 3)), boosted_BChw
+
+
+def _is_known(trunk: str) -> bool:
+    """Whether timm has this model, and these weights of it if the name has a tag."""
+    try:
+        return timm.is_model(trunk) and timm.get_pretrained_cfg(trunk) is not None
+    except RuntimeError:  # of a tag that it does not know
+        return False
 
 
 def save_classifier(

@@ -27,7 +27,7 @@ VERBS = {
     "label": "Label a collection of images.",
     "gallery": "Make one HTML page of labelled images.",
     "scenes": "Make images with exactly known contents, to test and train on.",
-    "train": "Train models (the embedded CLIP).",
+    "train": "Train a classifier from images without labels, by a recipe.",
     "eval": "Measure a model on labelled images, with pictures.",
     "calibrate": "Find the score of each class from which on a model should tag it.",
 }

@@ -100,7 +100,7 @@ class Teacher:
                 f"at most {length} tokens, begin and end marks included",
                 "shorten the class name or its synonyms, or choose shorter --prompts",
             )
-        return self.tokenizer(sentences, context_length=length)
+        return self.tokenizer(sentences, context_length=length).to(self.clip.logit_scale.device)
 
 
 def load_teacher(spec: ModelSpec, device: str = "cpu") -> Teacher:

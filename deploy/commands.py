@@ -6,7 +6,7 @@ Everything heavy is imported inside a command, so that `--help` is quick.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +32,7 @@ def tagger_options(command: C) -> C:
     options = [
         click.option("--model", default="tiny", show_default=True, help="tiny, open_clip:ARCH/PRETRAINED, open_clip:ARCH/PATH, or a bundle's folder."),
         click.option("--classes", help="Class file (one `name: synonym, synonym` a line), or names separated by commas. Default: the model's own."),
-        click.option("--prompts", help="Prompt set (photo, ensemble7, plain), or templates with {} separated by |."),
+        click.option("--prompts", help="Prompt set (photo, ensemble7, ccd, plain), or templates with {} separated by |."),
         click.option("--views", default="1+3x3", show_default=True, help="Where to look: 1, 1+2x2, 1+3x3, 1+2x2+3x3+4x4, …"),
         click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), help="How the views' probabilities become one score. Default: cdul, or the bundle's."),
         click.option("--zeta", type=float, help="cdul: local maximum where it reaches this, local minimum elsewhere. Default: 0."),
@@ -158,7 +158,7 @@ def _tell_dry_run(run: DryRun, as_json: bool) -> None:
         "model": str(run.plan.spec),
         "classes": len(run.plan.vocabulary.names),
         "views": str(run.plan.views),
-        "threshold": run.plan.thresholds[0],
+        "threshold": _span(run.plan.thresholds),
         "threshold_source": run.plan.threshold_source,
         "images_per_batch": run.images_per_batch,
     }
@@ -170,6 +170,12 @@ def _tell_dry_run(run: DryRun, as_json: bool) -> None:
         click.echo(f"  {name:<17} {value}")
     for ref in run.listing.images[: min(3, run.inputs)]:
         click.echo(f"  input             {ref.path}")
+
+
+def _span(values: Sequence[float]) -> float | str:
+    """The one value, or from which to which."""
+    low, high = min(values), max(values)
+    return low if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _tell_result(job: LabelJob, result: LabelResult, as_json: bool) -> None:

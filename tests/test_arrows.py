@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = ("train", "export", "deploy")
-WITH_TORCH = {"cliplet.teacher", "cliplet.snippets", "cliplet.runners.torch_runner"}
+WITH_TORCH = {"cliplet.teacher", "cliplet.snippets", "cliplet.classifier", "cliplet.runners.torch_runner"}
 
 
 def module_name(path: Path) -> str:

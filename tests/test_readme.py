@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 BLOCK = re.compile(r"(?P<note><!--[^\n]*-->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = [
-    (m["language"], m["code"], "only planned with --dry-run" in (m["note"] or ""))
+    (m["language"], m["code"], re.findall(r"only planned with (--[a-z-]+)", m["note"] or ""))
     for m in BLOCK.finditer(README)
 ]
 
@@ -34,16 +34,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 6
-    assert sum(planned for _, _, planned in BLOCKS) == 1
+    assert sum(len(planned) for _, _, planned in BLOCKS) == 2
 
 
 @pytest.mark.parametrize(("language", "code", "planned"), BLOCKS)
-def test_a_block_runs(place: Path, language: str, code: str, planned: bool) -> None:
+def test_a_block_runs(place: Path, language: str, code: str, planned: list[str]) -> None:
     if code.startswith("make "):
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert code.split()[1] in targets
         return
-    command = ["bash", "-euc", code.rstrip() + (" --dry-run" if planned else "")]
+    command = ["bash", "-euc", " ".join([code.rstrip(), *planned])]
     if language == "python":
         command = [sys.executable, "-c", code]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

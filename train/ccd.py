@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cliplet.datasets import Dataset
-from cliplet.errors import DataError
+from cliplet.errors import DataError, UsageError
 from cliplet.images import Picture
 from cliplet.metrics import mean_average_precision
 from cliplet.pseudo_labels import ClipBias, clip_bias, is_sure, quantile_threshold, walk_threshold
@@ -52,10 +52,31 @@ def estimated_bias(recipe: ClassifierRecipe, probs_NC: np.ndarray, classes: tupl
     return bias
 
 
-def ccd_objective(recipe: ClassifierRecipe, probs_NC: np.ndarray, classes: tuple[str, ...]) -> Ccd:
-    """CCD's first labels: the teacher's probabilities, debiased."""
+def ccd_objective(
+    recipe: ClassifierRecipe,
+    probs_NC: np.ndarray,
+    classes: tuple[str, ...],
+    scores_NC: np.ndarray | None = None,
+) -> Ccd:
+    """CCD's first labels: the teacher's probabilities, debiased.
+
+    Args:
+        probs_NC: of the whole images; the bias, and of which images the teacher is sure, come from them.
+        scores_NC: what is debiased in their place, where the recipe also looks at snippets.
+
+    Raises:
+        DataError: see `estimated_bias`.
+        UsageError: regions of more classes than there are would be searched for after the warm-up.
+    """
+    if recipe.label_update and recipe.threshold_search == "quantile" and recipe.mean_classes > len(classes):
+        raise UsageError(
+            f"mean_classes {recipe.mean_classes} with {len(classes)} classes",
+            "no more regions an image than there are classes",
+            f"--set mean_classes={max(1, len(classes) // 4)}",
+        )
     bias_C = estimated_bias(recipe, probs_NC, classes).value_C if recipe.debias else None
-    return Ccd(recipe, probs_NC, bias_C, is_sure(probs_NC, recipe.max_entropy))
+    first_NC = probs_NC if scores_NC is None else scores_NC
+    return Ccd(recipe, first_NC, bias_C, is_sure(probs_NC, recipe.max_entropy))
 
 
 def update_labels(learning: Learning, options: PassOptions) -> dict[str, Any]:
@@ -68,6 +89,8 @@ def update_labels(learning: Learning, options: PassOptions) -> dict[str, Any]:
     regions = all_regions(learning)
     threshold, said = search_threshold(learning, regions)
     counts_N = [len(regions.of_image(i, threshold)) for i in range(len(data.images))]
+    # Sigmoids are above 0; only an image that could not be read has none, hence no regions to ask about.
+    seen_N = regions.scores_NC.any(axis=1)
 
     def boxes(rows: np.ndarray, pictures: list[Picture]) -> list[np.ndarray]:
         found = [regions.of_image(int(i), threshold) for i in rows]
@@ -78,7 +101,7 @@ def update_labels(learning: Learning, options: PassOptions) -> dict[str, Any]:
     purpose = {"regions": regions.digest(threshold), "crop_shape": recipe.crop_shape}
     found = teacher_labels(recipe, data, learning.fabric, options, boxes=boxes, purpose=purpose)
     learning.progress.skipped |= {e.path: f"{e.stage}: {e.reason}" for e in found.errors}
-    objective.update(found.probs_NVC[:, 0], found.done_N)
+    objective.update(found.probs_NVC[:, 0], found.done_N & seen_N)
     return {**said, "regions_per_image": float(np.mean(counts_N)), **label_quality(objective.labels_NC, data)}
 
 
@@ -132,7 +155,8 @@ def search_threshold(learning: Learning, regions: Regions) -> tuple[float, dict[
     """
     recipe = learning.recipe
     if recipe.threshold_search == "quantile":
-        threshold = quantile_threshold(regions.scores_NC, recipe.mean_classes)
+        seen_N = regions.scores_NC.any(axis=1)
+        threshold = quantile_threshold(regions.scores_NC[seen_N], recipe.mean_classes)
         return threshold, {"threshold": threshold}
     walked = walk_threshold(training_view_scores(learning), recipe.threshold_start, recipe.mean_classes)
     return walked.tau, {"threshold": walked.tau, "threshold_found": walked.found, "windows": walked.windows}

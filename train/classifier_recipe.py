@@ -43,6 +43,18 @@ CHOICES = {
     "crop_shape": ("square", "stretched"),
     "selection": ("held_out", "released", "last"),
 }
+_COUNT, _AMOUNT, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+# Least and largest value; other numbers may be any finite one.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch", "accumulate", "image_size", "region_size"), _COUNT),
+    **dict.fromkeys(("update_every", "max_regions"), _COUNT),
+    **dict.fromkeys(("seed", "warmup_epochs", "updates", "teacher_size", "softmax_scale"), _AMOUNT),
+    **dict.fromkeys(("learning_rate", "head_factor", "weight_decay", "crop_margin"), _AMOUNT),
+    **dict.fromkeys(("cam_threshold", "blend", "average", "held_out", "local_threshold"), _SHARE),
+    "jitter": (0, 0.5),  # hues turn by at most half a circle
+    "smoothing": (0, 0.5),
+    **dict.fromkeys(("boost", "label_step_sigma"), (0.01, math.inf)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +190,12 @@ class ClassifierRecipe:
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{name} is {value} in a recipe", "a finite number")
-        positive = (
-            "epochs",
-            "batch",
-            "accumulate",
-            "image_size",
-            "region_size",
-            "update_every",
-            "max_regions",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)} in a recipe", "a whole number from 1 on")
-        if not 0 <= self.held_out < 1 or (self.selection == "held_out" and self.held_out == 0):
+        for name, (least, largest) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= largest:
+                wanted = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+                raise UsageError(f"{name} is {value} in a recipe", wanted)
+        if self.held_out == 1 or (self.selection == "held_out" and self.held_out == 0):
             raise UsageError(
                 f"held_out is {self.held_out} with selection {self.selection!r}",
                 "a share between 0 and 1, above 0 for held_out",

@@ -48,6 +48,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "label update": {"debias": False, "consistency": 0.0},
     "label update + debias": {"consistency": 0.0},
     "label update + consistency": {"debias": False},
+    "ccd, 3x3 snippets in the first labels": {"views": "1+3x3"},
     "ccd, ImageNet normalisation": {"teacher_normalisation": "imagenet"},
     "ccd, first-to-last-pixel boxes": {"box_rule": "first_last", "crop_shape": "stretched"},
     "ccd, softmax scale 20": {"softmax_scale": 20.0},

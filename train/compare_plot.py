@@ -56,5 +56,5 @@ def _figure(result: Mapping[str, Any]) -> Figure:
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     if result["teacher"]:
-        axes.legend(loc="lower left", frameon=False, fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     return figure

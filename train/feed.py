@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from cliplet.views import OVERSAMPLING
 T = TypeVar("T")
 R = TypeVar("R")
 BATCHES_AHEAD = 2  # for each thread, so that one slow file stalls nobody
+SMALLEST_BATCH = 2  # images: the statistics of batch normalisation need more than one
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class PixelCache:
         self._limit_bytes = limit_bytes
         self._used_bytes = 0
         self._kept: dict[tuple[str, int], np.ndarray] = {}
+        self._lock = Lock()
 
     def squashed(self, ref: ImageRef, size: int) -> np.ndarray:
         """The image as `squashed` gives it, decoded at the first time only."""
@@ -59,9 +62,10 @@ class PixelCache:
         found = self._kept.get(key)
         if found is None:
             found = squashed(read_image(ref), size)
-            if self._used_bytes + found.nbytes <= self._limit_bytes:
-                self._kept[key] = found
-                self._used_bytes += found.nbytes
+            with self._lock:
+                if key not in self._kept and self._used_bytes + found.nbytes <= self._limit_bytes:
+                    self._kept[key] = found
+                    self._used_bytes += found.nbytes
         return found
 
 
@@ -124,14 +128,16 @@ def image_batches(
     return ahead(lambda indices: load_batch(images, indices, size, cache), batches, workers)
 
 
-def epoch_batches(indices_N: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(
+    indices_N: np.ndarray, batch: int, seed: int, epoch: int, least: int = SMALLEST_BATCH
+) -> list[np.ndarray]:
     """The batches of an epoch: a permutation that seed and epoch decide, cut into pieces; the last may be smaller.
 
-    A lone last image joins the batch before it: the statistics of batch normalisation need more than one.
+    If fewer than `least` images are left for the last, they join the batch before it.
     """
     order = np.random.default_rng([seed, epoch]).permutation(indices_N)
     starts = list(range(batch, len(order), batch))
-    if starts and len(order) - starts[-1] == 1:
+    if starts and len(order) - starts[-1] < least:
         starts.pop()
     return np.split(order, starts)
 

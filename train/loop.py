@@ -28,12 +28,12 @@ from cliplet.errors import DataError
 from cliplet.progress import ProgressBar
 
 from .classifier_recipe import ClassifierRecipe
-from .feed import ImageBatch, PixelCache, epoch_batches, image_batches, share_of
+from .feed import SMALLEST_BATCH, ImageBatch, PixelCache, epoch_batches, image_batches, share_of
 from .jitter import flips, jitter_parameters, jittered, mirrored, step_generator
 from .objectives import Objective, Step
 from .predict import PRECISIONS, unit_pixels
 from .run_state import Progress, has_run_state, load_run_state, save_run_state
-from .world import averaged_buffers, summed
+from .world import averaged_buffers, gathered, summed
 
 CHECKPOINT_STEPS = 1000
 LOG_STEPS = 20
@@ -118,21 +118,32 @@ class Learning:
         classifier: Classifier = learner.classifier
         return classifier
 
-    def share_rows(self) -> None:
-        """Make what each process noted of its own images known to all."""
+    def batches(self) -> list[np.ndarray]:
+        """Positions of the images of each batch of the epoch that the progress stands at, over all processes."""
+        recipe = self.recipe
+        least = max(SMALLEST_BATCH, self.fabric.world_size)
+        return epoch_batches(self.indices, recipe.batch, recipe.seed, self.progress.epoch, least)
+
+    def share(self) -> None:
+        """Make what each process noted of its own images known to all, and their batch statistics one.
+
+        The first process then holds the epoch's sums, the others nothing, so that they add up as before.
+        """
         if self.fabric.world_size == 1:
             return
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = epoch_batches(self.indices, self.recipe.batch, self.recipe.seed, self.progress.epoch)
-        own = np.concatenate([share_of(batch, rank, world) for batch in batches])
+        own = np.concatenate([share_of(batch, rank, world) for batch in self.batches()])
         for array_NC in (self.train_scores_NC, self.objective.labels_NC):
             mine_NC = np.zeros_like(array_NC)
             mine_NC[own] = array_NC[own]
             array_NC[self.indices] = summed(self.fabric, mine_NC)[self.indices]
-        everyone: list[dict[str, str]] = [{}] * world
-        torch.distributed.all_gather_object(everyone, self.progress.skipped)
-        for skipped in everyone:
-            self.progress.skipped |= skipped
+        self.progress.skipped = dict(gathered(self.fabric, list(self.progress.skipped.items())))
+        sums = summed(self.fabric, np.array([self.progress.loss_sum, self.progress.images]))
+        if rank > 0:
+            sums[:] = 0
+        self.progress.loss_sum, self.progress.images = float(sums[0]), int(sums[1])
+        for module in self._modules().values():
+            averaged_buffers(self.fabric, module)
 
     def note_skipped(self, batch: ImageBatch) -> None:
         """Keep the names of images that could not be read, and why."""
@@ -141,7 +152,7 @@ class Learning:
 
     def save(self) -> None:
         """Replace the checkpoint."""
-        self.share_rows()
+        self.share()
         if self.fabric.is_global_zero:
             arrays = {**self.objective.state(), "train_scores": self.train_scores_NC}
             scaler = self.fabric.strategy.precision.state_dict()
@@ -153,6 +164,8 @@ class Learning:
         if not has_run_state(self.folder):
             return False
         arrays, self.progress, scaler = load_run_state(self.folder, self._modules(), self._torch_optimizer)
+        if not self.fabric.is_global_zero:
+            self.progress.loss_sum, self.progress.images = 0.0, 0
         self.train_scores_NC = np.array(arrays.pop("train_scores"))
         self.objective.load_state(arrays)
         self.fabric.strategy.precision.load_state_dict(scaler)
@@ -204,7 +217,6 @@ def learn(
             progress.updated = progress.epoch
             learning.save()
         train_epoch(learning)
-        averaged_buffers(learning.fabric, learning.learner)
         row["loss"] = _mean_loss(learning)
         measure(learning, row)
         row["seconds"] = round(time.perf_counter() - began, 2)
@@ -222,7 +234,7 @@ def train_epoch(learning: Learning) -> None:
     """The remaining steps of the epoch that the progress stands at."""
     recipe, progress, fabric = learning.recipe, learning.progress, learning.fabric
     learning.learner.train()
-    batches = epoch_batches(learning.indices, recipe.batch, recipe.seed, progress.epoch)
+    batches = learning.batches()
     shares = [share_of(batch, fabric.global_rank, fabric.world_size) for batch in batches]
     rest = range(progress.step, len(batches))
     feed = image_batches(
@@ -245,7 +257,7 @@ def train_epoch(learning: Learning) -> None:
             if progress.step % learning.options.checkpoint_steps == 0 and progress.step < len(batches):
                 learning.save()
             bar.advance(1)
-    learning.share_rows()
+    learning.share()
 
 
 def train_step(learning: Learning, batch: ImageBatch, wanted: int, step: int) -> float:
@@ -254,19 +266,21 @@ def train_step(learning: Learning, batch: ImageBatch, wanted: int, step: int) ->
     Args:
         wanted: images in the batch over all processes, decodable or not.
     """
-    recipe = learning.recipe
+    recipe, fabric = learning.recipe, learning.fabric
     learning.note_skipped(batch)
     if not len(batch.indices_B):
         raise _nothing_left(learning, batch)
     generator = step_generator(recipe.seed, learning.progress.epoch, step)
-    draws = _Draws(wanted, recipe.jitter, generator, learning.fabric)
+    draws = _Draws(wanted, recipe.jitter, generator, fabric)
     parts = np.array_split(np.arange(len(batch.indices_B)), min(recipe.accumulate, len(batch.indices_B)))
+    # The processes' gradients are averaged; one with more images of the batch than others counts for more.
+    weight = fabric.world_size * (len(batch.indices_B) + len(batch.failed)) / wanted
     total = 0.0
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        with learning.fabric.no_backward_sync(learning.model, enabled=not last):
+        with fabric.no_backward_sync(learning.model, enabled=not last):
             loss = _part_loss(learning, batch, part, draws)
-            learning.fabric.backward(loss * (len(part) / len(batch.indices_B)))
+            fabric.backward(loss * (weight * len(part) / len(batch.indices_B)))
         total += float(loss.detach()) * len(part) / len(batch.indices_B)
         if not np.isfinite(total):
             raise _not_finite(learning, batch, step)
@@ -327,7 +341,9 @@ def _not_finite(learning: Learning, batch: ImageBatch, step: int) -> DataError:
 def read_back_precision(learning: Learning) -> str:
     """The precision that the classifier's head was seen to compute in; must be the one that was asked for."""
     seen: list[torch.dtype] = []
-    handle = learning.classifier.head.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    # Of the network that learns: a running average of it takes part in no step.
+    head = learning.learner.classifier.head
+    handle = head.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     try:
         size = learning.recipe.image_size
         pixels = torch.zeros(2, 3, size, size, device=learning.fabric.device)

@@ -40,7 +40,10 @@ class Watch:
             part = learning.data.subset(self.held_out)
             found = predictions(learning, part)
             seen = np.isfinite(found).all(1)
-            row["held_out_map"] = held_out_map(found[seen], positives_NC[self.held_out][seen])
+            held_out = held_out_map(found[seen], positives_NC[self.held_out][seen])
+            # Labels that name no class judge nothing, and JSON has no nan.
+            if not np.isnan(held_out):
+                row["held_out_map"] = held_out
         if recipe.selection == "released":
             exact_NC = learning.objective.labels_NC[learning.indices] == 1
             row["train_map"] = mean_average_precision(learning.train_scores_NC[learning.indices], exact_NC)

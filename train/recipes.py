@@ -6,6 +6,7 @@ A recipe is frozen and every field is read somewhere. The resolved one is saved 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cliplet.errors import UsageError
@@ -178,29 +179,29 @@ def classifier_recipe(name: str) -> ClassifierRecipe:
         close = difflib.get_close_matches(name, names, 1)
         raise UsageError(
             f"no recipe is called {name!r}",
-            f"one of {', '.join(names)}",
+            f"DATASET_METHOD with one of {', '.join(_prefix(base) for base in _CCD)} and one of {', '.join(METHODS)}",
             f"cliplet train {close[0] if close else names[0]}",
         )
     complete = {f.__name__: f for f in (*_CCD, voc12_ccd_released, scenes_ccd_released)}
     if name in complete:
         return complete[name]()
-    base, method = next(
-        (f, name.removeprefix(f.__name__.removesuffix("ccd")))
-        for f in _CCD
-        if name.startswith(f.__name__.removesuffix("ccd"))
-    )
-    return with_method(base(), method)
+    base = next(f for f in _CCD if name.startswith(_prefix(f)))
+    return with_method(base(), name.removeprefix(_prefix(base)))
 
 
 def classifier_recipes() -> list[str]:
     """Names of all recipes of classifiers, data set by data set."""
     names = []
     for base in _CCD:
-        prefix = base.__name__.removesuffix("ccd")
-        names += [prefix + method for method in METHODS]
-        if prefix in ("voc12_", "scenes_"):
-            names.append(f"{prefix}ccd_released")
+        names += [_prefix(base) + method for method in METHODS]
+        if base in (voc12_ccd, scenes_ccd):
+            names.append(f"{base.__name__}_released")
     return names
+
+
+def _prefix(base: Callable[[], ClassifierRecipe]) -> str:
+    """`voc12_` of `voc12_ccd`."""
+    return base.__name__.removesuffix("ccd")
 
 
 _CCD = (scenes_ccd, voc12_ccd, voc07_ccd, coco14_ccd, nus_ccd, folder_ccd)

@@ -61,10 +61,7 @@ class ReleasedTeacher:
         self.scale = teacher.scale if scale is None else scale
         clip = teacher.clip
         self._device = next(clip.parameters()).device
-        # Sentences become numbers on the CPU, and the text tower has to be where they are.
-        clip.to("cpu")
-        self._text_CD = teacher.text_matrix(vocabulary).to(self._device)
-        clip.to(self._device)
+        self._text_CD = teacher.text_matrix(vocabulary)
         own_resnet = isinstance(clip.visual, ModifiedResNet)
         self._tower = AnySizeResNet(clip.visual) if own_resnet else ImageTower(clip)
         self._refuse_fixed_size(teacher)

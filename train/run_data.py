@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def run_data(
         "check_counts": options.check_counts,
     }
     data = open_dataset(recipe.dataset, root, recipe.train_split, **settings)
+    if options.root is None and len(data.images) != recipe.train_scenes:
+        raise UsageError(
+            f"{root} holds {len(data.images)} scenes of an earlier run",
+            f"the {recipe.train_scenes} of this recipe's train_scenes",
+            f"remove {root}, or choose another --out",
+        )
     if not recipe.eval_split:
         return data, None
     evaluation = open_dataset(recipe.dataset, root, recipe.eval_split, **settings)
@@ -77,11 +84,14 @@ def make_scenes(recipe: ClassifierRecipe, root: Path, quiet: bool = False) -> No
     partial.rename(root)
 
 
-def refuse_too_few(data: Dataset, recipe: ClassifierRecipe) -> None:
-    """Raise `DataError` unless there are two batches of images."""
-    if len(data.images) < 2 * recipe.batch:
-        raise DataError(
-            f"{len(data.images)} images to learn from",
-            f"at least two batches of {recipe.batch}",
-            f"--set batch={max(1, len(data.images) // 2)}",
-        )
+def refuse_too_few(data: Dataset, recipe: ClassifierRecipe, unreadable: Mapping[str, str]) -> None:
+    """Raise `DataError` unless there are two batches of images beside those that are unreadable: path to reason."""
+    count = len(data.images)
+    if count >= 2 * recipe.batch:
+        return
+    lost = "".join(f"; {path}: {reason}" for path, reason in list(unreadable.items())[:1])
+    raise DataError(
+        f"{count} images to learn from, {len(unreadable)} could not be read{lost}",
+        f"at least two batches of {recipe.batch}",
+        f"--batch-size {count // 2}" if count > 1 else "choose images that can be decoded",
+    )

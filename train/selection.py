@@ -5,6 +5,7 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def is_chosen(
     """Whether the epoch of `row` is to be kept in place of epoch `chosen` (-1: none yet).
 
     `held_out`: the best held-out mAP among the epochs since the labels last changed; earlier ones were judged by
-    other labels. `released`: METHODS 1.11: the first epoch in which the gain of the training mAP, against labels
+    other labels; the latest where the labels name no class at all, since nothing tells epochs apart then.
+    `released`: METHODS 1.11: the first epoch in which the gain of the training mAP, against labels
     of exactly 1, is larger than the epoch before's; until that happens, the latest. `last`: the last.
     """
     epoch = row["epoch"]
@@ -39,7 +41,8 @@ def is_chosen(
     last_change = max(recipe.update_epochs, default=0) if recipe.method in ("ccd", "cdul") else 0
     if epoch < last_change or chosen < last_change:
         return True
-    return bool(row["held_out_map"] > history[chosen]["held_out_map"])
+    best = history[chosen].get("held_out_map", math.nan)
+    return math.isnan(best) or bool(row.get("held_out_map", math.nan) > best)
 
 
 def _has_fired(history: list[dict[str, Any]]) -> bool:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
+import torch
 from lightning_fabric import Fabric
 
 from cliplet.artifact import Bundle
@@ -39,7 +40,7 @@ from .feed import ahead
 from .label_bank import LabelBank
 from .label_pass import Boxes, open_teacher, provenance, score_images
 from .released_teacher import ReleasedTeacher
-from .world import summed
+from .world import gathered, summed
 
 FLUSH_EVERY = 256  # images, of the pass that goes one by one
 Advance = Callable[[int], None]  # images settled since the last call
@@ -67,7 +68,7 @@ class TeacherLabels:
     Attributes:
         probs_NVC: float32 [N, V, C]; rows of failed images are 0.
         done_N: bool [N], which images were scored.
-        errors: why this process could not score others.
+        errors: why others could not be scored.
     """
 
     probs_NVC: np.ndarray
@@ -100,7 +101,7 @@ def teacher_labels(
     probs_NVC, done_N = np.zeros(shape, np.float32), np.zeros(shape[0], np.uint8)
     rank, world = fabric.global_rank, fabric.world_size
     own = np.array_split(np.arange(len(data.images)), world)[rank]
-    errors = []
+    errors: list[ErrorRecord] = []
     if len(own):
         quiet = options.quiet or rank > 0
         part = {"part": f"{rank} of {world}", **(purpose or {})}
@@ -112,7 +113,9 @@ def teacher_labels(
             images = [data.images[i] for i in own]
             bank = _filled(asker, images, shape[1], options, part, shifted, bar.advance)
         probs_NVC[own], done_N[own], errors = bank.probs, bank.done, bank.errors
-    return TeacherLabels(summed(fabric, probs_NVC), summed(fabric, done_N).astype(bool), errors)
+    return TeacherLabels(
+        summed(fabric, probs_NVC), summed(fabric, done_N).astype(bool), gathered(fabric, errors)
+    )
 
 
 def _shifted(boxes: Boxes, begin: int) -> Boxes:
@@ -188,6 +191,7 @@ class _Batched:
             whole_image=cast(Literal["own", "squash"], recipe.whole_image),
             runtime="onnx" if own else "torch",
             device=device,
+            threads=torch.get_num_threads(),
         )
         if recipe.softmax_scale:
             self.tagger.runner = RescaledRunner(
@@ -255,6 +259,13 @@ class _OneByOne:
     def __init__(self, recipe: ClassifierRecipe, vocabulary: Vocabulary, device: str) -> None:
         if recipe.views != "1":
             raise UsageError(f"views {recipe.views} with scoring one_by_one", "the whole image alone, 1")
+        if (recipe.teacher_normalisation, recipe.whole_image) != ("imagenet", "squash"):
+            raise UsageError(
+                f"scoring one_by_one with normalisation {recipe.teacher_normalisation} and whole image "
+                f"{recipe.whole_image}",
+                "what the public code does: imagenet, and squash",
+                "--set teacher_normalisation=imagenet",
+            )
         self.vocabulary = vocabulary
         self.recipe = recipe
         spec = parse_model_spec(recipe.teacher)
@@ -315,6 +326,8 @@ class _OneByOne:
         side = self.recipe.teacher_size
         crops = []
         for x0, y0, x1, y1 in np.rint(regions_r4 * side).astype(int).tolist():
-            crops.append(self.teacher.probs_crop(squashed, (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))
+            # A region narrower than a pixel here is the pixel that it begins in.
+            left, top = min(x0, side - 1), min(y0, side - 1)
+            crops.append(self.teacher.probs_crop(squashed, (left, top, max(x1, left + 1), max(y1, top + 1))))
         found = np.asarray(crops, np.float32).reshape(-1, len(self.vocabulary.names))
         return crop_maximum(found, np.zeros(len(found), int), 1)[0]

@@ -26,6 +26,7 @@ from lightning_fabric import Fabric
 from cliplet.artifact import library_versions
 from cliplet.classifier import Classifier, ClassifierConfig
 from cliplet.datasets import Dataset
+from cliplet.errors import UsageError
 from cliplet.labels import write_atomically
 from cliplet.lock import lock_folder
 from cliplet.model_spec import parse_model_spec
@@ -79,6 +80,12 @@ def train_classifier(recipe: ClassifierRecipe, out: Path, options: TrainOptions)
     fabric = launched(recipe.precision, options.device, out)
     lock = lock_folder(out) if fabric.is_global_zero else None
     try:
+        if recipe.batch < fabric.world_size:
+            raise UsageError(
+                f"batches of {recipe.batch} for {fabric.world_size} processes",
+                "an image of each batch for every process",
+                f"--batch-size {fabric.world_size}",
+            )
         if fabric.is_global_zero and options.overwrite:
             clear_run(out)
         fabric.barrier()
@@ -102,7 +109,7 @@ def _train(
     passes = PassOptions(options.banks or out / "banks", options.run.workers, options.run.quiet)
     taught = None if recipe.method in WITH_TRUTH else teacher_labels(recipe, data, fabric, passes)
     kept = data if taught is None or taught.done_N.all() else data.subset(np.flatnonzero(taught.done_N))
-    refuse_too_few(kept, recipe)
+    refuse_too_few(kept, recipe, _unreadable(taught))
     probs_NVC = None if taught is None else taught.probs_NVC[taught.done_N]
     objective = make_objective(recipe, probs_NVC, kept)
     first = _first_labels(recipe, probs_NVC, objective, kept)
@@ -159,7 +166,8 @@ def make_objective(recipe: ClassifierRecipe, probs_NVC: np.ndarray | None, data:
     """The recipe's objective with its first labels."""
     if recipe.method == "ccd":
         assert probs_NVC is not None
-        return ccd_objective(recipe, probs_NVC[:, 0], data.vocabulary.names)
+        scores_NC = cdul_labels(probs_NVC, recipe.local_threshold)  # of one view, its own probabilities
+        return ccd_objective(recipe, probs_NVC[:, 0], data.vocabulary.names, scores_NC)
     if recipe.method == "cdul":
         assert probs_NVC is not None
         return Cdul(recipe, cdul_labels(probs_NVC, recipe.local_threshold))

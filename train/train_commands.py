@@ -94,12 +94,15 @@ def recipe_command(name: str) -> click.Command:
             click.echo(json.dumps(chosen.to_json(), indent=2))
             return
         from .train_classifier import train_classifier
+        from .world import is_first_process
 
         report = train_classifier(chosen, out, _train_options(options, quiet))
+        if not is_first_process():
+            return
         if as_json:
             click.echo(json.dumps(report, indent=2, ensure_ascii=False))
         elif not quiet:
-            tell_report(report, out)
+            tell_report(report, out, options["root"] or out / "scenes")
 
     return command  # fmt: skip
 
@@ -180,7 +183,7 @@ def _train_options(options: Mapping[str, Any], quiet: bool) -> Any:
     )
 
 
-def tell_report(report: Mapping[str, Any], out: Path) -> None:
+def tell_report(report: Mapping[str, Any], out: Path, root: Path) -> None:
     """Say what was learned from, how the epochs went, what was chosen, and what to do next."""
     images, recipe = report["images"], report["recipe"]
     console = Console(highlight=False)
@@ -207,7 +210,7 @@ def tell_report(report: Mapping[str, Any], out: Path) -> None:
             f"(last epoch {measured['last_map']:.1f}); chosen: epoch {report['chosen_epoch'] + 1}"
         )
     console.print(f"a classifier in {out / 'classifier'}, the whole report in {out / 'report.json'}")
-    console.print(f"next: cliplet eval {out / 'classifier'} --data {recipe['dataset']} --root …")
+    console.print(f"next: cliplet eval {out / 'classifier'} --data {recipe['dataset']} --root {root}")
 
 
 def _epochs(report: Mapping[str, Any]) -> Table:

@@ -5,8 +5,10 @@ One process by itself, or as many as `torchrun` starts: `torchrun --nproc-per-no
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from cliplet.errors import UsageError
 
 from .predict import usable_device
 
+T = TypeVar("T")
 FABRIC_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -29,6 +32,8 @@ def launched(precision: str, device: str, out: Path) -> Fabric:
         UsageError: float16 on a CPU, which has no loss scaling.
     """
     usable_device(device)
+    # What it says of precision and processes stands in the report.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if precision == "fp16" and device == "cpu":
         raise UsageError("precision fp16 on the CPU", "fp32 or bf16 there", "--set precision=bf16")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -37,7 +42,7 @@ def launched(precision: str, device: str, out: Path) -> Fabric:
     torch.backends.cudnn.allow_tf32 = False
     # Two forward passes a step (plain and jittered view) would meet buffers that DDP changes in between; `loop`
     # averages them at the end of an epoch instead.
-    strategy = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
+    strategy = DDPStrategy(forward_sync_buffers=False) if world > 1 else "auto"
     fabric = Fabric(
         accelerator=device,
         devices=local,
@@ -50,6 +55,11 @@ def launched(precision: str, device: str, out: Path) -> Fabric:
     return fabric
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def summed(fabric: Fabric, array: np.ndarray) -> np.ndarray:
     """The sum over processes of arrays of one shape, each of which holds its own rows and zeros elsewhere."""
     if fabric.world_size == 1:
@@ -57,6 +67,15 @@ def summed(fabric: Fabric, array: np.ndarray) -> np.ndarray:
     total = fabric.all_reduce(torch.from_numpy(array).to(fabric.device), reduce_op="sum")
     assert isinstance(total, torch.Tensor)
     return total.cpu().numpy()
+
+
+def gathered(fabric: Fabric, items: list[T]) -> list[T]:
+    """What all processes have in their lists, in the order of the processes."""
+    if fabric.world_size == 1:
+        return items
+    lists: list[list[T]] = [[]] * fabric.world_size
+    torch.distributed.all_gather_object(lists, items)
+    return [item for each in lists for item in each]
 
 
 def averaged_buffers(fabric: Fabric, module: torch.nn.Module) -> None:

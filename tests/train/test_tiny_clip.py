@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 from collections import Counter
@@ -14,15 +13,16 @@ import open_clip
 import pytest
 import torch
 from click.testing import CliRunner
+from fields_read import attributes_read
 
 import cliplet
 from cliplet.scenes import scene_world
 from cliplet.train import augment, captions, fragments, model_card, tiny_clip, zero_shot
 from cliplet.train.captions import EMPTY_CAPTIONS, SYNONYMS, article, caption, every_caption
-from cliplet.train.commands import train
 from cliplet.train.fragments import fragment_bank, grid_boxes, seen_in
 from cliplet.train.recipes import TinyClipRecipe
 from cliplet.train.tiny_clip import contrastive_loss
+from cliplet.train.train_commands import train
 
 ASSET = Path(cliplet.__file__).parent / "assets" / "tiny"
 CLASSES = ("aeroplane", "bird", "dog")
@@ -115,12 +115,8 @@ def test_augmentation_keeps_shape_and_range() -> None:
 
 
 def test_every_field_of_the_recipe_is_read_and_described() -> None:
-    read = {
-        node.attr
-        for module in (tiny_clip, augment, zero_shot, model_card)
-        for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Attribute)
-    }
+    sources = [inspect.getsource(module) for module in (tiny_clip, augment, zero_shot, model_card)]
+    read = attributes_read(sources, ["recipe"])
     for field in fields(TinyClipRecipe):
         assert field.name in read, f"nothing reads {field.name}"
         assert field.name in str(TinyClipRecipe.__doc__), f"{field.name} is not described"
