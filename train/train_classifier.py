@@ -115,6 +115,8 @@ def _train(
     first = _first_labels(recipe, probs_NVC, objective, kept)
     torch.manual_seed(recipe.seed)
     classifier = new_classifier(recipe, kept.vocabulary)
+    if recipe.method == "ccd" and recipe.label_update:
+        refuse_fixed_size(classifier, recipe)
     held_out, learned = split_held_out(recipe, len(kept.images))
     learning = Learning(recipe, fabric, objective, classifier, kept, learned, out / "checkpoint", options.run)
     learning.resume()
@@ -185,6 +187,22 @@ def new_classifier(recipe: ClassifierRecipe, vocabulary: Vocabulary) -> Classifi
     classifier = Classifier(config, vocabulary)
     load_trunk_weights(classifier, recipe)
     return classifier
+
+
+@torch.inference_mode()
+def refuse_fixed_size(classifier: Classifier, recipe: ClassifierRecipe) -> None:
+    """Raise `UsageError` if the trunk takes no images of the size at which regions are searched for."""
+    classifier.eval()
+    try:
+        classifier(torch.zeros(1, 3, recipe.region_size, recipe.region_size))
+    # Trunks complain of a size in whatever way comes first.
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"the trunk {recipe.trunk} sees images of {recipe.image_size} pixels only, regions are searched for at "
+            f"{recipe.region_size}",
+            "a convolutional trunk, or one size for both",
+            f"--set region_size={recipe.image_size}",
+        ) from error
 
 
 def split_held_out(recipe: ClassifierRecipe, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -328,3 +328,22 @@ def test_folder_needs_a_root_and_classes(photos_of: Callable[[], Path], tmp_path
 def test_precision_is_in_the_report(scenes: Path, tmp_path: Path) -> None:
     recipe = replace(with_method(TOY, "bce"), precision="bf16", epochs=1)
     assert trained(recipe, tmp_path, scenes)["precision"] == "bf16"
+
+
+def test_a_trunk_of_one_size_is_refused_before_the_warm_up(scenes: Path, banks: Path, tmp_path: Path) -> None:
+    recipe = replace(TOY, trunk="test_vit3", trunk_weights="random")
+    with pytest.raises(UsageError, match="--set region_size=64"):
+        trained(recipe, tmp_path, scenes, banks=banks)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_learns_what_a_cpu_learns(scenes: Path, tmp_path: Path, precision: str) -> None:
+    recipe = replace(TOY, epochs=2, precision=precision)
+    on_gpu = trained(recipe, tmp_path / "gpu", scenes, device="cuda")
+    on_cpu = trained(replace(recipe, precision="fp32"), tmp_path / "cpu", scenes)
+    assert on_gpu["device"].startswith("cuda")
+    assert on_gpu["precision"] == precision
+    losses = [[row["loss"] for row in report["history"]] for report in (on_gpu, on_cpu)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
