@@ -24,13 +24,12 @@ from .feed import epoch_batches, image_batches
 from .jitter import flips, mirrored, step_generator
 from .loop import Learning
 from .objectives import Ccd, Cdul
-from .predict import scored_batches, unit_pixels
+from .predict import PREDICTION_BATCH, prediction_batches, scored_batches, unit_pixels
 from .regions import Regions, find_regions, squared
 from .teacher_labels import PassOptions, teacher_labels
 from .world import summed
 
 SEARCH_EPOCH = 1_000_000  # names the random order of the threshold search, apart from all training epochs
-PREDICTION_BATCH = 64
 
 
 def estimated_bias(recipe: ClassifierRecipe, probs_NC: np.ndarray, classes: tuple[str, ...]) -> ClipBias:
@@ -123,7 +122,7 @@ def all_regions(learning: Learning) -> Regions:
     for scored in scored_batches(
         learning.classifier,
         data.images,
-        _own_batches(learning, np.arange(len(data.images))),
+        _own_batches(learning),
         size=recipe.region_size,
         workers=learning.options.workers,
         precision=recipe.precision,
@@ -141,10 +140,10 @@ def all_regions(learning: Learning) -> Regions:
     return Regions(summed(fabric, scores_NC), summed(fabric, classes_NK), summed(fabric, boxes_NK4))
 
 
-def _own_batches(learning: Learning, indices: np.ndarray) -> list[np.ndarray]:
-    """This process's share of the batches in which images are predicted."""
-    batches = np.split(indices, range(PREDICTION_BATCH, len(indices), PREDICTION_BATCH))
-    return batches[learning.fabric.global_rank :: learning.fabric.world_size]
+def _own_batches(learning: Learning) -> list[np.ndarray]:
+    """This process's share of the batches in which the training images are predicted."""
+    fabric = learning.fabric
+    return prediction_batches(len(learning.data.images), fabric.global_rank, fabric.world_size)
 
 
 def search_threshold(learning: Learning, regions: Regions) -> tuple[float, dict[str, Any]]:
@@ -190,7 +189,7 @@ def update_latent_labels(learning: Learning) -> dict[str, Any]:
     for scored in scored_batches(
         learning.classifier,
         data.images,
-        _own_batches(learning, np.arange(len(data.images))),
+        _own_batches(learning),
         workers=learning.options.workers,
         precision=learning.recipe.precision,
         cache=learning.options.cache,

@@ -17,12 +17,10 @@ from cliplet.datasets import Dataset
 from cliplet.metrics import average_precisions, mean_average_precision
 
 from .loop import Learning
-from .predict import scored_batches
+from .predict import prediction_batches, scored_batches
 from .run_state import Progress
 from .selection import held_out_map, is_chosen
 from .world import summed
-
-PREDICTION_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +56,17 @@ class Watch:
 
 
 def predictions(learning: Learning, data: Dataset, classifier: Classifier | None = None) -> np.ndarray:
-    """The scores of the classifier under way, or of another, float32 [N, C], shared out among the processes; nan for unreadable images."""
+    """Scores float32 [N, C] of the classifier under way, or of another; nan for unreadable images.
+
+    The processes share the work.
+    """
     fabric = learning.fabric
     scores_NC = np.zeros((len(data.images), len(data.vocabulary.names)), np.float32)
     seen_N = np.zeros(len(data.images), np.uint8)
-    batches = np.split(
-        np.arange(len(data.images)), range(PREDICTION_BATCH, len(data.images), PREDICTION_BATCH)
-    )
     for scored in scored_batches(
         classifier or learning.classifier,
         data.images,
-        batches[fabric.global_rank :: fabric.world_size],
+        prediction_batches(len(data.images), fabric.global_rank, fabric.world_size),
         workers=learning.options.workers,
         precision=learning.recipe.precision,
         cache=learning.options.cache,

@@ -18,6 +18,7 @@ from cliplet.listing import ImageRef
 
 from .feed import ImageBatch, PixelCache, image_batches
 
+PREDICTION_BATCH = 64  # images
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +49,7 @@ def predict(
     images: Sequence[ImageRef],
     *,
     device: str = "cpu",
-    batch_size: int = 64,
+    batch_size: int = PREDICTION_BATCH,
     workers: int = 1,
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
@@ -67,7 +68,7 @@ def predict(
     """
     scores_NC = np.full((len(images), len(classifier.vocabulary.names)), np.nan, np.float32)
     failed = []
-    batches = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
+    batches = prediction_batches(len(images), size=batch_size)
     placed = classifier.to(usable_device(device))
     for scored in scored_batches(placed, images, batches, workers=workers, precision=precision):
         scores_NC[scored.images.indices_B] = scored.logits_BC.sigmoid().cpu().numpy()
@@ -75,6 +76,13 @@ def predict(
         if progress:
             progress(len(scored.images.indices_B) + len(scored.images.failed))
     return Predictions(scores_NC, failed)
+
+
+def prediction_batches(
+    count: int, rank: int = 0, world: int = 1, size: int = PREDICTION_BATCH
+) -> list[np.ndarray]:
+    """Positions 0 … count - 1 in batches: those that process `rank` of `world` predicts."""
+    return np.split(np.arange(count), range(size, count, size))[rank::world]
 
 
 def scored_batches(

@@ -32,7 +32,6 @@ from .feed import ahead
 
 # A sigmoid's middle; where a classifier was not calibrated there is nothing better.
 CLASSIFIER_THRESHOLD = 0.5
-CLASSIFIER_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +192,7 @@ def _own_or_given(options: ScoringOptions, names: tuple[str, ...], own: Threshol
 def _by_classifier(model: str, data: Dataset, options: ScoringOptions) -> Scored:
     from cliplet.classifier import classifier_details, load_classifier
 
-    from .predict import predict
+    from .predict import PREDICTION_BATCH, predict
 
     folder = Path(model)
     details = classifier_details(folder)
@@ -210,7 +209,7 @@ def _by_classifier(model: str, data: Dataset, options: ScoringOptions) -> Scored
             load_classifier(folder),
             data.images,
             device=options.device,
-            batch_size=options.batch_size or CLASSIFIER_BATCH,
+            batch_size=options.batch_size or PREDICTION_BATCH,
             workers=options.workers or usable_cores(),
             progress=bar.advance,
         )

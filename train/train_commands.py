@@ -186,7 +186,7 @@ def _train_options(options: Mapping[str, Any], quiet: bool) -> Any:
 def tell_report(report: Mapping[str, Any], out: Path, root: Path) -> None:
     """Say what was learned from, how the epochs went, what was chosen, and what to do next."""
     images, recipe = report["images"], report["recipe"]
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{images['learned']:,} images learned from, {images['held_out']:,} held out, {report['precision']} on "
         f"{report['device']}"
