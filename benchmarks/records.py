@@ -17,7 +17,7 @@ from typing import Any
 from cliplet.machine import CPU_FLAGS, cpu_flags, memory_bytes, usable_cores
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("cliplet", "numpy", "pillow", "simplejpeg", "torch", "open_clip_torch", "onnxruntime")
+LIBRARIES = ("cliplet", "numpy", "pillow", "simplejpeg", "torch", "open_clip_torch", "timm", "onnxruntime")
 
 
 def machine() -> dict[str, Any]:

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import records
-from benchmarks.report import README, report
+from benchmarks.report import README, TRAINING, report, with_training_table
 
 
 def test_the_page_is_generated_from_the_records() -> None:
     assert README.read_text() == report(), "run: python -m benchmarks.report"
+
+
+def test_the_page_about_training_shows_the_latest_comparison() -> None:
+    text = TRAINING.read_text()
+    assert with_training_table(text) == text, "run: python -m benchmarks.report"
+    assert "| ccd |" in text
 
 
 @pytest.mark.parametrize("path", sorted(records.RESULTS.glob("*.json")), ids=lambda p: p.stem)
