@@ -37,7 +37,8 @@ format: setup  ## bring the sources into the one format
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure labelling against a plain open_clip loop; writes benchmarks/results
+bench: setup  ## measure labelling against a plain open_clip loop and pseudo-labels against one crop at a time
 	$(BIN)/python -m benchmarks.label
 	$(BIN)/python -m benchmarks.label_memory
+	$(BIN)/python -m benchmarks.label_pass
 	$(BIN)/python -m benchmarks.report
