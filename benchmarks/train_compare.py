@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_compare --out runs/compare --jobs 2
 
-is `cliplet train compare --data scenes` (about two hours on two cores; it continues where it was stopped) and
+is `cliplet train compare --data scenes` (hours on two cores; it continues where it was stopped) and
 then one record of its table. mAP does not depend on the machine's speed; the seconds of a run do.
 """
 

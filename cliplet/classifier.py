@@ -56,7 +56,7 @@ class ClassifierConfig:
 class Classifier(nn.Module):
     """Multi-label logits and class activation maps of images.
 
-    CCD's classifier (Kim & Shim 2025; METHODS 1.5): the CAM M is a 1x1 convolution of the trunk's last feature
+    CCD's classifier (Kim & Shim 2025): the CAM M is a 1x1 convolution of the trunk's last feature
     map, BoostLU multiplies its positive values by alpha, and a class's logit is the mean of its boosted map.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What the papers report, for the tables that stand beside our own: mAP in percent, as METHODS of each says.
+"""What the papers report, for the tables that stand beside our own: mAP in percent.
 
 The comparison of annotation-free methods and the ablation on VOC 2012 are those of CCD's paper (Kim & Shim, CVPR
 2025). They come from other data, students and teachers than a run here: read the order, not the distance.

@@ -80,7 +80,7 @@ def tiny_clip() -> TinyClipRecipe:
 
 
 def voc12_ccd_released() -> ClassifierRecipe:
-    """CCD on VOC 2012 as the public code runs it (METHODS 1.2 to 1.11), what is odd in it included."""
+    """CCD on VOC 2012 as the public code runs it, what is odd in it included."""
     return ClassifierRecipe(
         dataset="voc12",
         eval_split="val",

@@ -1,4 +1,4 @@
-"""From class activation maps to boxes: where in an image its probable classes are (METHODS 1.7).
+"""From class activation maps to boxes: where in an image its probable classes are (CCD, Kim & Shim 2025).
 
 Boxes are (x0, y0, x1, y1) as shares of the image's width and height, 0..1.
 

@@ -58,16 +58,23 @@ def run_data(
         "check_counts": options.check_counts,
     }
     data = open_dataset(recipe.dataset, root, recipe.train_split, **settings)
-    if options.root is None and len(data.images) != recipe.train_scenes:
-        raise UsageError(
-            f"{root} holds {len(data.images)} scenes of an earlier run",
-            f"the {recipe.train_scenes} of this recipe's train_scenes",
-            f"remove {root}, or choose another --out",
-        )
+    if options.root is None:
+        _refuse_other_scenes(data, recipe.train_scenes, "train_scenes", root)
     if not recipe.eval_split:
         return data, None
     evaluation = open_dataset(recipe.dataset, root, recipe.eval_split, **settings)
+    if options.root is None:
+        _refuse_other_scenes(evaluation, recipe.eval_scenes, "eval_scenes", root)
     return data, evaluation if evaluation.truth_NC is not None else None
+
+
+def _refuse_other_scenes(data: Dataset, wanted: int, field: str, root: Path) -> None:
+    if len(data.images) != wanted:
+        raise UsageError(
+            f"{root} holds {len(data.images)} scenes of an earlier run",
+            f"the {wanted} of this recipe's {field}",
+            f"remove {root}, or choose another --out",
+        )
 
 
 def make_scenes(recipe: ClassifierRecipe, root: Path, quiet: bool = False) -> None:

@@ -30,14 +30,14 @@ def is_chosen(
 
     `held_out`: the best held-out mAP among the epochs since the labels last changed; earlier ones were judged by
     other labels; the latest where the labels name no class at all, since nothing tells epochs apart then.
-    `released`: METHODS 1.11: the first epoch in which the gain of the training mAP, against labels
+    `released`: CCD's public code: the first epoch in which the gain of the training mAP, against labels
     of exactly 1, is larger than the epoch before's; until that happens, the latest. `last`: the last.
     """
     epoch = row["epoch"]
     if recipe.selection == "last" or chosen < 0:
         return True
     if recipe.selection == "released":
-        return not _has_fired([*history])
+        return not _has_fired(history)
     last_change = max(recipe.update_epochs, default=0) if recipe.method in ("ccd", "cdul") else 0
     if epoch < last_change or chosen < last_change:
         return True

@@ -104,7 +104,7 @@ def recipe_command(name: str) -> click.Command:
         elif not quiet:
             tell_report(report, out, options["root"] or out / "scenes")
 
-    return command  # fmt: skip
+    return command
 
 
 def _help(name: str, recipe: ClassifierRecipe) -> str:

@@ -269,7 +269,7 @@ def test_an_update_that_was_interrupted_ends_the_same(data: Dataset, tmp_path: P
 
 
 def test_the_bias_is_the_mean_top_probability_of_sure_images() -> None:
-    """METHODS 1.4, image by image."""
+    """CCD's public code, image by image."""
     probs = np.random.default_rng(0).dirichlet(np.full(5, 0.3), 200).astype(np.float32)
     recipe = replace(scenes_ccd(), max_entropy=0.9)
     tops: dict[int, list[float]] = {c: [] for c in range(5)}
@@ -334,7 +334,7 @@ def test_the_quantile_search_gives_images_that_many_classes(mean_classes: float)
 
 
 def walk_by_hand(scores_NC: np.ndarray, start: float, bound: float) -> tuple[float, bool]:
-    """METHODS 1.6: image after image, a look after every 100, the first time after 101."""
+    """CCD's public code: image after image, a look after every 100, the first time after 101."""
     tau, total = start, 0
     for number, row in enumerate(scores_NC):
         total += int(sum(score >= np.float32(tau) for score in row))

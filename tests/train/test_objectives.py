@@ -165,7 +165,7 @@ def test_flips_of_ll_cp_stay_add_up_and_survive_a_checkpoint() -> None:
 
 
 def test_cdul_learns_by_kl_and_moves_its_labels_towards_the_classifier() -> None:
-    """METHODS 2.2, equations 7 and 8, in float64 with the logarithms written out."""
+    """CDUL, equations 7 and 8, in float64 with the logarithms written out."""
     labels = np.array([[0.5, 0.2, 0.9], [0.7, 0.05, 0.6], [0.0, 1.0, 0.3], [0.6, 0.3, 0.1], [0.5, 0.5, 0.5]])
     objective = Cdul(recipe_of("cdul"), labels)
     y = labels[BATCH]
@@ -199,7 +199,7 @@ SURE = np.array([True, False, True, True, True])
 
 
 def test_ccd_starts_from_debiased_labels_and_warms_up_on_them_alone() -> None:
-    """METHODS 1.4 and 1.10: clip(max(p, 1/L) / b, 0, 1), then the mean BCE whatever the weights."""
+    """CCD's public code: clip(max(p, 1/L) / b, 0, 1), then the mean BCE whatever the weights."""
     objective = Ccd(replace(voc12_ccd_released(), unsure_weight=0.1), PROBS, BIAS, SURE)
     wanted = np.clip(np.maximum(PROBS, 0.05) / BIAS, 0, 1)
     np.testing.assert_allclose(objective.labels_NC, wanted, rtol=1e-6)
@@ -249,7 +249,7 @@ def test_without_consistency_there_is_no_second_view() -> None:
 
 
 def test_ccds_update_is_one_blend_cut_off_after_it() -> None:
-    """METHODS 1.8: clip(r y + (1 - r) max(q, 1/L) / b, 0, 1), the crops' labels above 1 until then."""
+    """CCD's public code: clip(r y + (1 - r) max(q, 1/L) / b, 0, 1), the crops' labels above 1 until then."""
     objective = Ccd(replace(voc12_ccd_released(), blend=0.4), PROBS, BIAS, SURE)
     old = objective.labels_NC.copy()
     q = np.array([[0.95, 0.0, 0.3], [0.0, 0.0, 0.0], [0.2, 0.6, 0.9], [0.7, 0.7, 0.7], [1, 1, 1]], np.float32)

@@ -61,7 +61,7 @@ def test_an_unknown_name_is_told_the_closest(name: str, closest: str) -> None:
 
 
 def test_the_released_recipe_is_the_published_command_to_the_letter() -> None:
-    """METHODS 1.2 to 1.11, under the names of the public code."""
+    """CCD's public code, under the names of the public code."""
     recipe = voc12_ccd_released()
     published = {
         "bsize": (recipe.batch, 16),

@@ -91,7 +91,7 @@ def bar(rows: list[str]) -> torch.Tensor:
 
 
 def test_the_released_rule_misses_the_width_between_its_first_and_last_pixel() -> None:
-    """METHODS 1.7: rows are exact, columns only span the first and the last pixel in reading order."""
+    """CCD's public code: rows are exact, columns only span the first and the last pixel in reading order."""
     drawn = bar([".........", "...##....", ".#######.", "....#....", "........."])
     size = 9 * 5
     released, bounding = (box_of_maps(drawn, size, 0.95, rule)[0] for rule in RULES)

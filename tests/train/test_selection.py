@@ -33,7 +33,7 @@ def kept(recipe: ClassifierRecipe, name: str, values: list[float]) -> int:
 
 @given(MAPS)
 def test_the_released_rule_keeps_the_first_epoch_whose_gain_grows(values: list[float]) -> None:
-    """METHODS 1.11, as the code has it: the gain starts from 100, and the last epoch is left if none fires."""
+    """CCD's public code, as the code has it: the gain starts from 100, and the last epoch is left if none fires."""
     previous_map, gain, fired = 0.0, 100.0, None
     for epoch, value in enumerate(values):
         new_gain = value - previous_map if epoch else 100.0
