@@ -174,6 +174,8 @@ def test_overwriting_starts_anew_but_keeps_scenes_and_answers(
     assert sorted((tmp_path / "banks").iterdir()) == answers
     with pytest.raises(UsageError, match=r"scenes holds 40 scenes of an earlier run\nexpected: the 48"):
         trained(replace(recipe, train_scenes=48), tmp_path, None, overwrite=True)
+    with pytest.raises(UsageError, match=r"scenes holds 16 scenes of an earlier run\nexpected: the 20"):
+        trained(replace(recipe, eval_scenes=20), tmp_path, None, overwrite=True)
 
 
 def test_scenes_that_were_half_made_are_made_again(tmp_path: Path) -> None:
