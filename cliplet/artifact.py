@@ -1,54 +1,103 @@
 """A bundle on disk: a folder with `cliplet.json`, what it was made of, and the files that it vouches for.
 
-    BUNDLE/cliplet.json     schema, model, vocabulary, preprocessing, aggregation, thresholds, files, versions
-    BUNDLE/model.onnx       the `snippets` graph
+    BUNDLE/cliplet.json              schema, model, vocabulary, preprocessing, thresholds, engines, files, versions
+    BUNDLE/model.onnx                the graph in float32; model.fp16.onnx and so on beside it
+    BUNDLE/openvino/model.xml        the same for OpenVINO
+    BUNDLE/engines/*.plan            TensorRT engines, each with a side-car
+    BUNDLE/text.onnx                 the text tower, to exchange the vocabulary
 
-Every file is listed with its sha256, its precision (asked and read back) and its parity verdict. Loading
-checks the hashes. Bundles that cliplet makes for itself live in the cache folder, under a name derived from
-all that went into them.
+Every file is listed with its sha256, every engine with its precision (asked and read back) and its parity
+verdict. Loading checks the hashes. Bundles that cliplet makes for itself live in the cache folder, under a name
+derived from all that went into them.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cliplet.errors import ArtifactError, explained_os_errors
+from cliplet.contract import CLASSIFIER, GRAPHS, SNIPPETS, TRUNK, GraphContract
+from cliplet.errors import ArtifactError, DataError, UsageError, explained_os_errors
 from cliplet.model_spec import MANIFEST_NAME, ModelSpec, file_sha256
 from cliplet.views import Aggregation, Preprocessing
-from cliplet.vocabulary import Vocabulary
+from cliplet.vocabulary import NO_CLASSES, Vocabulary
 
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
 MODEL_FILE = "model.onnx"
-# Any change to what is traced (`cliplet.snippets`, `cliplet.export.onnx_graph`) must change this: it is part of
-# the names in the cache.
-GRAPH_VERSION = 2
+TEXT_FILE = "text.onnx"
+# Any change to what is traced (`cliplet.snippets`, `cliplet.export.graphs`) must change this: it is part of the
+# names in the cache.
+GRAPH_VERSION = 5
+WRITABLE_CACHE = "set CLIPLET_CACHE to a folder that can be written"
+# What a manifest and its engines hold, as JSON.
+_NUMBER = (int, float)
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "model", "identity"), str),
+    "scale": _NUMBER,
+    "bias": (*_NUMBER, type(None)),
+    **dict.fromkeys(("aggregation", "thresholds", "trained", "files", "versions"), dict),
+}
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("vocabulary", "preprocessing"), dict),
+    **dict.fromkeys(("engines", "dropped"), list),
+}
+_ENGINE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("runtime", "precision", "file", "precision_read", "device"), str),
+    **dict.fromkeys(("parity", "details"), dict),
+}
 # Libraries whose version may change a graph or its results.
-LIBRARIES = ("cliplet", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = (
+    "cliplet",
+    "torch",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "tensorrt_rtx_cu13",
+)
 
 
 @dataclass(frozen=True)
-class BundleFile:
-    """One file of a bundle, and the proof that it may be trusted.
+class Engine:
+    """One file of a bundle that a runtime runs, and the proof that it may be trusted.
 
     Attributes:
-        precision: what was asked for; `precision_read` is what the finished file was found to hold.
-        parity: how it was compared with the original, the largest difference, the tolerance, the verdict.
+        runtime: `onnx`, `openvino`, `tensorrt` or `tensorrt_rtx`.
+        precision: what was asked for; `precision_read` is what the finished engine was found to compute in.
+        file: its main file, relative to the bundle.
+        device: `cpu`, or the GPU that it was built for, such as `sm89`.
+        parity: how it was compared with the original, the differences, the tolerances, the verdict.
+        details: what else is known: images of the calibration, profile, size of a batch.
     """
 
-    sha256: str
+    runtime: str
     precision: str
+    file: str
     precision_read: str
+    device: str
     parity: Mapping[str, Any]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Such as `openvino-bf16`; for a GPU also which, as in `tensorrt_rtx-fp16-sm89`."""
+        return "-".join([self.runtime, self.precision, *([self.device] if self.device != "cpu" else [])])
 
 
 @dataclass(frozen=True)
@@ -61,6 +110,11 @@ class Manifest:
         thresholds: for each way to look (`1`, `1+3x3`, …) the score from which on a class is a label, and
             how and on what that was found.
         scale, bias: of the logits; see `cliplet.snippets.Snippets`.
+        engines: what may run it.
+        files: sha256 of every file.
+        dropped: engines that were asked for and not kept: name, reason, and what was measured.
+        vocabulary: `NO_CLASSES` for a trunk, which gives features.
+        trained: how a classifier or a trunk was trained, as its folder says.
     """
 
     kind: str
@@ -72,8 +126,20 @@ class Manifest:
     scale: float
     bias: float | None
     thresholds: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, BundleFile] = field(default_factory=dict)
+    engines: tuple[Engine, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[Mapping[str, Any], ...] = ()
+    trained: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def contract(self) -> GraphContract:
+        return GRAPHS[self.kind]
+
+    def files_of(self, engine: Engine) -> dict[str, str]:
+        """The sha256 of each file that an engine is loaded from: its main file, and its weights beside it."""
+        weights = {engine.file, f"{engine.file}.data", str(Path(engine.file).with_suffix(".bin"))}
+        return {name: sha256 for name, sha256 in self.files.items() if name in weights}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,37 +147,51 @@ class Manifest:
             **{k: getattr(self, k) for k in ("kind", "model", "identity", "scale", "bias")},
             "vocabulary": self.vocabulary.to_json(),
             "preprocessing": self.preprocessing.to_json(),
-            "aggregation": dict(self.aggregation),
-            "thresholds": dict(self.thresholds),
-            "files": {name: vars(file) for name, file in self.files.items()},
-            "versions": dict(self.versions),
+            **{
+                k: dict(getattr(self, k))
+                for k in ("aggregation", "thresholds", "trained", "files", "versions")
+            },
+            "engines": [vars(engine) for engine in self.engines],
+            "dropped": [dict(row) for row in self.dropped],
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], source: str) -> Manifest:
+    def from_json(cls, data: object, source: str, fix: str = "export again") -> Manifest:
         """The manifest that `to_json` wrote.
 
+        Args:
+            fix: the step that mends one that is no good.
+
         Raises:
-            ArtifactError: another schema, or a field is missing.
+            ArtifactError: another schema, or a field is missing or holds what it cannot hold.
         """
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{source} holds a {type(data).__name__}", "a manifest: a JSON object", fix)
         if data.get("schema") != MANIFEST_SCHEMA:
-            raise ArtifactError(
-                f"{source} has schema {data.get('schema')}", f"schema {MANIFEST_SCHEMA}", "export again"
-            )
+            raise ArtifactError(f"{source} has schema {data.get('schema')}", f"schema {MANIFEST_SCHEMA}", fix)
         try:
+            _hold_types(data, {**_FIELDS, **_PARTS})
+            _hold_types(data["files"], dict.fromkeys(data["files"], str))
+            for engine in data["engines"]:
+                _hold_types(engine, _ENGINE_FIELDS)
+            if data["kind"] not in GRAPHS:
+                raise TypeError(f"kind is {data['kind']!r}, which is none of {', '.join(GRAPHS)}")
+            Aggregation(**data["aggregation"])
             return cls(
-                **{
-                    k: data[k]
-                    for k in ("kind", "model", "identity", "scale", "bias", "aggregation", "thresholds")
-                },
-                vocabulary=Vocabulary.from_json(data["vocabulary"], source),
+                **{k: data[k] for k in _FIELDS},
+                vocabulary=_vocabulary(data, source),
                 preprocessing=Preprocessing.from_json(data["preprocessing"]),
-                files={name: BundleFile(**file) for name, file in data["files"].items()},
-                versions=data["versions"],
+                engines=tuple(Engine(**engine) for engine in data["engines"]),
+                dropped=tuple(data["dropped"]),
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ArtifactError(
-                f"{source} is incomplete: {error}", "all fields of a manifest", "export again"
+                f"{source} is incomplete: {error}", "all fields of a manifest", fix
+            ) from error
+        except (TypeError, AttributeError, UsageError, DataError, ArtifactError) as error:
+            reason = getattr(error, "happened", error)
+            raise ArtifactError(
+                f"{source} is damaged: {reason}", "a manifest as it was written", fix
             ) from error
 
 
@@ -129,51 +209,67 @@ class Bundle:
         Raises:
             ArtifactError: no manifest, another schema, or a file that is missing or changed.
         """
+        mend = _mend(folder, "MODEL")
         file = folder / MANIFEST_NAME
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"cannot read {file}: {error}",
-                "a bundle's manifest",
-                f"rm -r {folder}, then the same command again",
-            ) from error
-        manifest = Manifest.from_json(data, str(file))
-        for name, listed in manifest.files.items():
+            raise ArtifactError(f"cannot read {file}: {error}", "a bundle's manifest", mend) from error
+        manifest = Manifest.from_json(data, str(file), mend)
+        for name, sha256 in manifest.files.items():
             path = folder / name
-            if not path.is_file() or file_sha256(path) != listed.sha256:
+            if not path.is_file() or file_sha256(path) != sha256:
                 state = "has changed since it was written" if path.is_file() else "is missing"
+                raise ArtifactError(f"{path} {state}", f"sha256 {sha256}", _mend(folder, manifest.model))
+        for engine in manifest.engines:
+            if engine.file not in manifest.files:
                 raise ArtifactError(
-                    f"{path} {state}",
-                    f"sha256 {listed.sha256}",
-                    f"rm -r {folder}, then the same command again",
+                    f"{file} lists no sha256 of {engine.file}",
+                    f"one, since it is the engine {engine.name}",
+                    _mend(folder, manifest.model),
                 )
         return cls(folder, manifest)
 
     @classmethod
     def write(cls, folder: Path, manifest: Manifest, staged: Path) -> Bundle:
-        """Move the files staged in a folder into place as a bundle, all at once.
+        """Move the files staged in a folder into place as a bundle, all at once, with the hash of each.
 
         A reader finds no bundle or a whole one. If another process was faster, its bundle stays.
+
+        Raises:
+            EnvironmentError_: the folder cannot be written, or the disk is full.
         """
-        (staged / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=2), encoding="utf-8")
-        with suppress(OSError):
-            os.replace(staged, folder)
+        with explained_os_errors(folder, WRITABLE_CACHE if _is_cached(folder) else "choose another --out"):
+            found = sorted(path for path in staged.rglob("*") if path.is_file())
+            files = {path.relative_to(staged).as_posix(): file_sha256(path) for path in found}
+            manifest = replace(manifest, files=files, versions=library_versions())
+            (staged / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=2), encoding="utf-8")
+            # Temporary folders are for their maker alone; a bundle is for a server, too.
+            staged.chmod(0o755)
+            move_whole(staged, folder)
         return cls.load(folder)
 
 
 @dataclass(frozen=True)
-class SnippetsJob:
-    """What a `snippets` bundle is made of.
+class BundleJob:
+    """What a bundle is made of.
 
     Attributes:
         thresholds: carried into the manifest as they are.
+        engines: the (runtime, precision) pairs that it shall hold.
     """
 
     spec: ModelSpec
     vocabulary: Vocabulary
     aggregation: Aggregation
     thresholds: Mapping[str, Any]
+    engines: tuple[tuple[str, str], ...] = (("onnx", "fp32"),)
+
+    @property
+    def contract(self) -> GraphContract:
+        if self.spec.trunk:
+            return TRUNK
+        return CLASSIFIER if self.spec.classifier else SNIPPETS
 
     def graph_key(self) -> str:
         """Name of the traced graph: all that shapes it, but not the vocabulary."""
@@ -181,8 +277,8 @@ class SnippetsJob:
 
     def cached_folder(self) -> Path:
         """Where the finished bundle lies in the cache, or will lie."""
-        key = _digest([self.graph_key(), self.vocabulary.to_json(), dict(self.thresholds)])
-        return cache_folder() / "bundles" / key
+        parts = [self.graph_key(), self.vocabulary.to_json(), dict(self.thresholds), self.engines]
+        return cache_folder() / "bundles" / _digest(parts)
 
 
 def cache_folder() -> Path:
@@ -194,19 +290,38 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
+def staging_folder(target: Path, fix: str = WRITABLE_CACHE) -> Iterator[Path]:
     """Context with an empty folder beside `target`, removed at the end unless it was moved into place.
 
+    Errors of what is done inside pass as they are: they may be of other files.
+
+    Args:
+        fix: what to do where it cannot be made.
+
     Raises:
-        EnvironmentError_: it cannot be made, or the disk is full.
+        EnvironmentError_: it cannot be made.
     """
-    with explained_os_errors(target, "set CLIPLET_CACHE to a folder that can be written"):
+    with explained_os_errors(target, fix):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        # What cannot be removed must not hide why the work inside failed.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_whole(staged: Path, target: Path) -> None:
+    """Give a finished folder its name; if another process was faster, its folder stays, which is as good.
+
+    Raises:
+        OSError: it cannot be moved for another reason.
+    """
+    try:
+        os.replace(staged, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def library_versions() -> dict[str, str]:
@@ -216,6 +331,31 @@ def library_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _vocabulary(data: Mapping[str, Any], source: str) -> Vocabulary:
+    return NO_CLASSES if data["kind"] == TRUNK.name else Vocabulary.from_json(data["vocabulary"], source)
+
+
+def _hold_types(data: Any, wanted: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raise `KeyError` or `TypeError` unless each field is there and is of its type."""
+    for name, kind in wanted.items():
+        value = data[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {json.dumps(value)[:80]}")
+
+
+def _is_cached(folder: Path) -> bool:
+    """Whether a folder is one that cliplet made for itself and will make again."""
+    return folder.resolve().is_relative_to(cache_folder().resolve())
+
+
+def _mend(folder: Path, model: str) -> str:
+    """What mends the damaged bundle of a model."""
+    place = shlex.quote(str(folder))
+    if _is_cached(folder):
+        return f"rm -r {place}, then the same command again"
+    return f"export it again: cliplet export {shlex.quote(model)} --out {place} --overwrite"
 
 
 def _digest(parts: list[Any]) -> str:

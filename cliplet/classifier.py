@@ -1,4 +1,4 @@
-"""The student: a convolutional trunk, class activation maps (CAM) by a 1x1 convolution, BoostLU, their mean.
+"""The student: a trunk that gives feature maps, class activation maps (CAM) by a 1x1 convolution, BoostLU, their mean.
 
     classifier = load_classifier(Path("runs/scenes/classifier"))
     logits, cam = classifier(pixels)
@@ -9,23 +9,25 @@ Legend: B images, C classes, D channels of the trunk, H x W pixels, h x w cells 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from cliplet.checkpoint import load_arrays, load_details, save_arrays
 from cliplet.errors import ArtifactError, UsageError
+from cliplet.model_spec import CLASSIFIER_STEM
+from cliplet.tower_files import PREFIX, read_tower_config, tower_folder
+from cliplet.trunk_files import is_timm_model, new_timm_trunk
 from cliplet.views import Preprocessing
+from cliplet.vision_tower import VisionTower
 from cliplet.vocabulary import Vocabulary
 
-STEM = "classifier"
-CLASSIFIER_FILE = f"{STEM}.json"
+CLASSIFIER_FILE = f"{CLASSIFIER_STEM}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +35,46 @@ class ClassifierConfig:
     """All that determines a classifier besides its classes and weights.
 
     Attributes:
-        trunk: a timm model, such as `resnet101.tv_in1k`; its own head is not used.
+        trunk: a timm model, such as `resnet101.tv_in1k`, its own head is not used; or `mlcd:FOLDER`, a vision
+            tower that transformers saved.
         boost: alpha, the factor on positive CAM values (BoostLU; CCD uses 3).
         preprocessing: side, mean and deviation of its input; images are squashed to the square.
+        tower: of a vision tower, what it is built from; without it, the folder is read.
+
+    Raises:
+        UsageError: there is no such trunk.
+        DataError: the folder's configuration is broken.
     """
 
     trunk: str
     boost: float
     preprocessing: Preprocessing
+    tower: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if not _is_known(self.trunk):
+        folder = tower_folder(self.trunk)
+        if folder is None and self.tower is not None:
+            raise UsageError(
+                f"trunk {self.trunk!r} with the configuration of a vision tower", f"{PREFIX}FOLDER"
+            )
+        if folder is not None and self.tower is None:
+            object.__setattr__(self, "tower", read_tower_config(folder))
+        if folder is None and not is_timm_model(self.trunk):
             raise UsageError(
                 f"timm has no model {self.trunk!r}",
-                "the name of a timm model",
+                f"the name of a timm model, or {PREFIX}FOLDER",
                 "python -c 'import timm; print(timm.list_models())'",
             )
         if self.boost <= 0:
             raise UsageError(f"boost {self.boost}", "a factor above 0; 1 changes nothing")
+
+    def to_json(self) -> dict[str, Any]:
+        """`tower` only where there is one: a timm trunk's configuration is what it was before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "tower" or value is not None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ClassifierConfig:
+        return cls(**{**data, "preprocessing": Preprocessing.from_json(data["preprocessing"])})
 
 
 class Classifier(nn.Module):
@@ -60,11 +84,11 @@ class Classifier(nn.Module):
     map, BoostLU multiplies its positive values by alpha, and a class's logit is the mean of its boosted map.
 
     Attributes:
-        trunk: the timm model.
+        trunk: the timm model or the vision tower.
         head: the 1x1 convolution, D -> C, with bias.
 
     Raises:
-        UsageError: the trunk offers no feature map.
+        UsageError: the trunk offers no feature map, or not of images of this side.
     """
 
     mean: Tensor
@@ -74,39 +98,50 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary = vocabulary
-        size = config.preprocessing.size
-        # Transformers have to be told the side of their input; convolutions have no such argument.
-        fixed = getattr(timm.get_pretrained_cfg(config.trunk), "fixed_input_size", False)
-        self.trunk = timm.create_model(config.trunk, num_classes=0, **({"img_size": size} if fixed else {}))
-        if not hasattr(self.trunk, "forward_intermediates"):
-            raise UsageError(
-                f"the timm model {config.trunk!r} gives no feature maps",
-                "a model with forward_intermediates: ResNets, ConvNeXts, EfficientNets, ViTs and most others",
-                "choose another trunk",
-            )
-        # Not `num_features`: EfficientNets and their like have a convolution more before their own head.
-        channels = self.trunk.feature_info[-1]["num_chs"]
+        self.trunk, channels = _new_trunk(config)
         self.head = nn.Conv2d(channels, len(vocabulary.names), kernel_size=1)
         self.register_buffer("mean", torch.tensor(config.preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.preprocessing.std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits float [B, C] and boosted CAM float [B, C, h, w] of RGB images float [B, 3, H, W] in 0..1."""
-        normalised = (pixels_B3HW - self.mean) / self.std
-        (features_BDhw,) = self.trunk.forward_intermediates(
-            normalised, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
-        )
-        cam_BChw = self.head(features_BDhw)
+        return self.boosted(self.activation_map(self.normalised(pixels_B3HW)))
+
+    def normalised(self, pixels_B3HW: Tensor) -> Tensor:
+        """What the trunk is fed, for pixels in 0..1."""
+        return (pixels_B3HW - self.mean) / self.std
+
+    def activation_map(self, normalised_B3HW: Tensor) -> Tensor:
+        """CAM float [B, C, h, w] before BoostLU."""
+        if isinstance(self.trunk, VisionTower):
+            features_BDhw, _ = self.trunk(normalised_B3HW)
+        else:
+            (features_BDhw,) = self.trunk.forward_intermediates(
+                normalised_B3HW, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        return self.head(features_BDhw)
+
+    def boosted(self, cam_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits float [B, C] and boosted CAM float [B, C, h, w]."""
         boosted_BChw = torch.where(cam_BChw > 0, self.config.boost * cam_BChw, cam_BChw)
         return boosted_BChw.mean(dim=(2, 3)), boosted_BChw
 
 
-def _is_known(trunk: str) -> bool:
-    """Whether timm has this model, and these weights of it if the name has a tag."""
-    try:
-        return timm.is_model(trunk) and timm.get_pretrained_cfg(trunk) is not None
-    except RuntimeError:  # of a tag that it does not know
-        return False
+def _new_trunk(config: ClassifierConfig) -> tuple[nn.Module, int]:
+    """The trunk with random weights, and the number of channels of its last feature map."""
+    size = config.preprocessing.size
+    if config.tower is not None:
+        tower = VisionTower(config.tower, size)
+        return tower, tower.channels
+    trunk = new_timm_trunk(config.trunk, size)
+    if not hasattr(trunk, "forward_intermediates"):
+        raise UsageError(
+            f"the timm model {config.trunk!r} gives no feature maps",
+            "a model with forward_intermediates: ResNets, ConvNeXts, EfficientNets, ViTs and most others",
+            "choose another trunk",
+        )
+    # Not `num_features`: EfficientNets and their like have a convolution more before their own head.
+    return trunk, trunk.feature_info[-1]["num_chs"]
 
 
 def save_classifier(
@@ -117,15 +152,15 @@ def save_classifier(
     described = {
         "kind": "classifier",
         "vocabulary": classifier.vocabulary.to_json(),
-        "config": asdict(classifier.config),
+        "config": classifier.config.to_json(),
         **details,
     }
-    save_arrays(folder, STEM, arrays, described)
+    save_arrays(folder, CLASSIFIER_STEM, arrays, described)
 
 
 def classifier_details(folder: Path) -> dict[str, Any]:
     """What a classifier's folder says about it, `config`, `vocabulary` and `sha256` of its weights among it."""
-    return load_details(folder, STEM)
+    return load_details(folder, CLASSIFIER_STEM)
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -134,17 +169,15 @@ def load_classifier(folder: Path) -> Classifier:
     Raises:
         ArtifactError: the folder holds none, or its weights do not fit its configuration.
     """
-    arrays, details = load_arrays(folder, STEM)
-    config = ClassifierConfig(
-        **{**details["config"], "preprocessing": Preprocessing.from_json(details["config"]["preprocessing"])}
-    )
+    arrays, details = load_arrays(folder, CLASSIFIER_STEM)
+    config = ClassifierConfig.from_json(details["config"])
     classifier = Classifier(config, Vocabulary.from_json(details["vocabulary"], str(folder)))
     try:
         classifier.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
     except RuntimeError as error:
         raise ArtifactError(
             f"the weights in {folder} do not fit a {config.trunk} with {len(classifier.vocabulary.names)} classes",
-            "the version of timm that it was trained with",
+            f"the version of {'timm' if config.tower is None else 'transformers'} that it was trained with",
             str(error).splitlines()[-1].strip(),
         ) from error
     return classifier.eval()

@@ -30,6 +30,11 @@ VERBS = {
     "train": "Train a classifier from images without labels, by a recipe.",
     "eval": "Measure a model on labelled images, with pictures.",
     "calibrate": "Find the score of each class from which on a model should tag it.",
+    "export": "Turn a model into a bundle of engines, each proven to agree with it.",
+    "verify": "Compare a bundle's engines with the original again, on this machine.",
+    "inspect": "Say what a bundle, a graph, an engine or a folder of labels holds.",
+    "serve": "Serve bundles on a Triton server on this machine, with a page to try them.",
+    "bench": "Measure a model: speed by phase, memory, latency, against the machine's limits.",
 }
 
 

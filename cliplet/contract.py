@@ -1,6 +1,7 @@
 """Names, shapes and types of every graph's tensors, once; all else derives from here.
 
-Legend: B images, V views of an image, C classes, H x W canvas pixels.
+Legend: B images, V views of an image, C classes, D embedding, L text context, H x W canvas pixels, h x w cells of
+a class activation map (CAM).
 """
 
 from __future__ import annotations
@@ -45,15 +46,25 @@ class GraphContract:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def takes_views(self) -> bool:
+        """Whether it looks at several views of an image; others look at the whole."""
+        return any("V" in spec.axes for spec in self.inputs)
+
+    def of_views(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What `cliplet.views.place_on_canvas` gives, as this graph takes it: for whole images a box each, not a list."""
+        return dict(feeds) if self.takes_views else {**feeds, "boxes": feeds["boxes"][:, 0]}
+
     def check_feeds(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Raise `DataError` unless `feeds` are exactly the inputs, each of its type and shape."""
         self._check(feeds, self.inputs, {})
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Raise `DataError` unless `outputs` are what this graph owes for `feeds`."""
+        """Raise `DataError` unless `outputs` are what this graph owes for `feeds`; others may lie beside them."""
         sizes: dict[str, int] = {}
         self._check(feeds, self.inputs, sizes)
-        self._check(outputs, self.outputs, sizes)
+        names = {t.name for t in self.outputs}
+        self._check({name: array for name, array in outputs.items() if name in names}, self.outputs, sizes)
 
     def _check(
         self, arrays: Mapping[str, np.ndarray], specs: tuple[TensorSpec, ...], sizes: dict[str, int]
@@ -65,6 +76,7 @@ class GraphContract:
             spec.check(arrays[spec.name], sizes)
 
 
+EMBEDDINGS = "embeddings"
 SNIPPETS = GraphContract(
     name="snippets",
     inputs=(
@@ -76,5 +88,34 @@ SNIPPETS = GraphContract(
         TensorSpec("scores", "float32", ("B", "C")),
     ),
 )
-# The initializer that holds the unit text rows [C, D]; exchanging it exchanges the vocabulary.
+CLASSIFIER = GraphContract(
+    name="classifier",
+    inputs=(
+        TensorSpec("image", "uint8", ("B", "H", "W", 3)),
+        # Where on its canvas each image lies: images of a batch may differ in size.
+        TensorSpec("boxes", "float32", ("B", 4)),
+    ),
+    outputs=(
+        TensorSpec("probs", "float32", ("B", "C")),
+        TensorSpec("cam", "float32", ("B", "C", "h", "w")),
+    ),
+)
+TRUNK = GraphContract(
+    name="trunk",
+    inputs=CLASSIFIER.inputs,
+    # Rows of length 1. Not `embedding`: the tracer calls the operator of that name so, of which a CLIP has one.
+    outputs=(TensorSpec(EMBEDDINGS, "float32", ("B", "D")),),
+)
+TEXT = GraphContract(
+    name="text",
+    inputs=(TensorSpec("tokens", "int64", ("C", "L")),),
+    outputs=(TensorSpec("text", "float32", ("C", "D")),),
+)
+GRAPHS = {graph.name: graph for graph in (SNIPPETS, CLASSIFIER, TRUNK, TEXT)}
+# The initializer of `snippets` that holds the unit text rows [C, D]; exchanging it exchanges the vocabulary.
 TEXT_INITIALIZER = "text"
+# Tensors inside `snippets`, `classifier` and `trunk` with these names in every graph: the normalised pixels float32
+# [N, 3, S, S] that the encoder is fed, and what it gives, [N, D] or [N, C, h, w]. Between the two lies nearly all of
+# the arithmetic, and all that may be done in low precision.
+PIXELS = "pixels"
+FEATURES = "features"

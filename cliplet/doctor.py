@@ -11,7 +11,6 @@ becomes a finding.
 from __future__ import annotations
 
 import base64
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,7 +22,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +31,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from cliplet.errors import EnvironmentError_
 from cliplet.machine import CPU_FLAGS, cpu_flags, cpu_quota, memory_bytes, usable_cores
+from cliplet.runners.openvino_runner import openvino_core
+from cliplet.triton_program import PYTHON, find_triton, server_folder
 
 Status = Literal["ok", "missing", "broken", "note"]
 CHILD_TIMEOUT_S = 60
@@ -200,7 +201,7 @@ def try_provider(name: str) -> dict[str, str]:
 
 def try_openvino() -> dict[str, str]:
     """OpenVINO's devices and their full names."""
-    core = importlib.import_module("openvino").Core()
+    core = openvino_core()
     return {device: str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices}
 
 
@@ -220,12 +221,6 @@ def try_torch() -> dict[str, str]:
 def try_version(module: str) -> str:
     """The version of an importable module."""
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
-
-
-def try_library(path: str) -> str:
-    """`path`, once the shared library there is loaded."""
-    ctypes.CDLL(path)
-    return path
 
 
 # The checks, one for each group.
@@ -452,46 +447,17 @@ def _tensorrt() -> Iterator[Finding]:
 
 
 def _triton() -> Iterator[Finding]:
-    """The server's program, found without importing the wheel that carries it, and what its Python models need."""
-    # A namespace package has no single place; the wheel's is an ordinary one.
-    spec = importlib.util.find_spec("pytriton")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    bundled = Path(places[0]) / "tritonserver" if places else None
-    if bundled and (bundled / "bin" / "tritonserver").exists():
-        yield Finding("triton", "server", "ok", f"of nvidia-pytriton {_version('nvidia-pytriton')}")
-        yield _python_stub(bundled)
-    elif program := shutil.which("tritonserver"):
-        yield Finding("triton", "server", "ok", program)
-    else:
-        yield Finding("triton", "server", "missing", "", _install("nvidia-pytriton"))
+    """The server's program, and whether it could run Python models: as `cliplet serve` finds out before it starts."""
+    try:
+        program = find_triton()
+    except EnvironmentError_ as error:
+        # What mends a server that is not there also mends one that is incomplete.
+        status: Status = "broken" if server_folder().exists() else "missing"
+        yield Finding("triton", "server", status, error.happened, error.fix)
         return
-    yield _shared_python()
-
-
-def _python_stub(bundled: Path) -> Finding:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = bundled / "python_backend_stubs"
-    if any((folder / version).glob("*stub*")):
-        return Finding("triton", "Python backend", "ok", f"has a stub for Python {version}")
-    others = sorted(path.name for path in folder.glob("*")) if folder.exists() else []
-    return Finding(
-        "triton", "Python backend", "missing", f"stubs for {', '.join(others) or 'no Python'}, not {version}",
-        "use one of those Pythons",
-    )  # fmt: skip
-
-
-def _shared_python() -> Finding:
-    """Whether libpython, which Python models of Triton need, can be loaded."""
-    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so"
-    folder = sysconfig.get_config_var("LIBDIR") or ""
-    reason = ""
-    for path in (f"{name}.1.0", name, os.path.join(folder, f"{name}.1.0"), os.path.join(folder, name)):
-        try:
-            return Finding("triton", name, "ok", _in_child("try_library", path)[0])
-        except ChildError as error:
-            reason = str(error)
-    fix = "install your system's libpython package, or a Python built with --enable-shared"
-    return Finding("triton", name, "missing", reason, fix)
+    yield Finding("triton", "server", "ok", str(program.binary))
+    if program.stub is not None:
+        yield Finding("triton", "Python backend", "ok", f"has a stub for Python {PYTHON}, libpython found")
 
 
 def _models() -> Iterator[Finding]:

@@ -6,6 +6,8 @@
     ├── EnvironmentError_     1  what this machine lacks: a library, a right, space on a disk
     ├── ParityError           3  an exported graph does not agree with its original
     ├── ArtifactError         1  a bundle is incomplete, changed or made by another version
+    │   └── ForeignEngine     1  an engine is whole, but made for another GPU, or by another library or version
+    ├── ServerError           1  a server is away, busy, too slow, or failed: nothing is wrong with what was asked
     └── ObjectiveError        4  an error rate or a latency objective was exceeded
 
 Every message has up to three parts: what happened, what was expected, and the one command that mends it.
@@ -70,6 +72,14 @@ class ParityError(ClipletError):
 
 class ArtifactError(ClipletError):
     """A bundle is incomplete, changed or made by another version."""
+
+
+class ForeignEngine(ArtifactError):
+    """An engine is whole, but made for another GPU, or by another library or version than this machine's."""
+
+
+class ServerError(ClipletError):
+    """A server is away, busy, too slow, or failed: nothing is wrong with what was asked."""
 
 
 class ObjectiveError(ClipletError):

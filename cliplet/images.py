@@ -35,8 +35,10 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from cliplet.archives import read_archive
 from cliplet.errors import DataError, UsageError
-from cliplet.listing import ImageRef, Listing, find_images, inflated_archive
+from cliplet.listing import ImageRef, Listing, find_images
+from cliplet.remote_files import is_remote, local_path, read_remote
 
 __all__ = [
     "MAX_PIXELS",
@@ -131,41 +133,50 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Room:
-    """How large an image may be: its longer side at most `fit`, its shorter not below `short`."""
+    """How large an image may be: its longer side at most `fit`, its shorter not below `short`.
+
+    One whose longer side is at most `keep` stays as it is.
+    """
 
     fit: int
     short: int
+    keep: int
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
         """Width and height shrunk to this room, aspect kept, neither below 1."""
         shorter, longer = sorted((width, height))
         wanted = max(self.fit, round(self.short * longer / shorter))
         limit = min(wanted, max(self.fit, LONGEST_SIDE))
-        if longer <= limit:
+        if longer <= max(limit, self.keep):
             return width, height
         return max(1, round(width * limit / longer)), max(1, round(height * limit / longer))
 
 
 def read_image(ref: ImageRef) -> bytes:
-    """The bytes of an input, as they lie in its file or archive.
+    """The bytes of an input, as they lie in its file or archive, here or remote.
 
     Raises:
         ImageError: they cannot be read.
+        EnvironmentError_: the library for its remote place is missing.
     """
     try:
-        if ref.member is None:
-            return _read_file(ref.file)
-        return _read_member(ref)
+        if ref.member is not None:
+            return _read_member(ref)
+        if is_remote(ref.file) and local_path(ref.file) is None:
+            return read_remote(ref.file)
+        return _read_file(local_path(ref.file) or ref.file)
     except (OSError, EOFError, zlib.error, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "not enough memory to read it"
         raise ImageError("read", reason) from error
 
 
-def decode_image(data: bytes, *, fit: int, short: int = 0, max_pixels: int = MAX_PIXELS) -> Picture:
+def decode_image(
+    data: bytes, *, fit: int, short: int = 0, keep: int = 0, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """The pixels of an encoded image, upright, shrunk so that the longer side is at most `fit`.
 
     The shorter side is not shrunk below `short`, at the price of a longer side beyond `fit`; a panorama ends at
-    `LONGEST_SIDE` all the same.
+    `LONGEST_SIDE` all the same. An image whose longer side is at most `keep` is not shrunk at all.
 
     An image that fits already keeps its exact pixels. Transparency is laid over white; of an animation the
     first frame is taken; gray deeper than 8 bits is scaled to 8.
@@ -180,13 +191,13 @@ def decode_image(data: bytes, *, fit: int, short: int = 0, max_pixels: int = MAX
     reader = _reader(data)
     _mute_pillow()
     try:
-        return _decode(reader, data, _Room(fit, short), max_pixels)
+        return _decode(reader, data, _Room(fit, short, keep), max_pixels)
     except Image.DecompressionBombError as error:
         raise ImageError("decode", f"decompression bomb: {error}") from error
     except _DECODER_ERRORS as error:
         essential = _essential_png(data) if reader is PngImageFile else data
         if essential != data:
-            return decode_image(essential, fit=fit, short=short, max_pixels=max_pixels)
+            return decode_image(essential, fit=fit, short=short, keep=keep, max_pixels=max_pixels)
         raise ImageError("decode", _explained(error, str(reader.format))) from error
 
 
@@ -234,12 +245,7 @@ def _read_file(file: str) -> bytes:
 def _read_member(ref: ImageRef) -> bytes:
     if ref.offset < 0:
         raise ImageError("read", "a link to something that is not in the archive")
-    if ref.compressed:
-        data = inflated_archive(ref.file, os.getpid()).read(ref.offset, ref.size)
-    else:
-        with open(ref.file, "rb") as stream:
-            stream.seek(ref.offset)
-            data = stream.read(ref.size)
+    data = read_archive(ref.file, ref.offset, ref.size, compressed=ref.compressed)
     if len(data) < ref.size:
         raise ImageError("read", f"the archive ends {ref.size - len(data):,} bytes too early")
     return data

@@ -14,20 +14,24 @@ Legend: C classes.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cliplet.errors import ArtifactError, DataError, UsageError, explained_os_errors
+from cliplet.label_records import ErrorRecord as ErrorRecord
+from cliplet.label_records import LabelRecord as LabelRecord
 from cliplet.lock import lock_folder
+from cliplet.partition_folders import is_divided, not_joined
 
 LABELS_SCHEMA = pa.schema(
     [
@@ -42,37 +46,6 @@ LABELS_SCHEMA = pa.schema(
 )
 ERRORS_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
 RUN_SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LabelRecord:
-    """What one image was labelled with.
-
-    Attributes:
-        path: the image as the user named it.
-        width, height: pixels of the image as it is displayed (after EXIF rotation).
-        labels: names of the classes at or above their threshold, best first.
-        scores: float32 [C], in the order of the vocabulary.
-        model: the model that scored it.
-        seconds: this image's share of the time its batch took in the engine.
-    """
-
-    path: str
-    width: int
-    height: int
-    labels: tuple[str, ...]
-    scores: np.ndarray
-    model: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ErrorRecord:
-    """Why one input has no labels: the stage that failed (`read`, `decode`, `infer`) and the reason."""
-
-    path: str
-    stage: str
-    reason: str
 
 
 class LabelStore:
@@ -179,11 +152,7 @@ class LabelStore:
 
     def labelled_paths(self) -> set[str]:
         """Paths of all rows written so far."""
-        return {
-            path
-            for part in sorted(self.parts_folder.glob("part-*.parquet"))
-            for path in _read_table(part, columns=["path"]).column("path").to_pylist()
-        }
+        return set(read_labelled_paths(self.folder))
 
     def errors(self, labelled: set[str]) -> list[ErrorRecord]:
         """Errors written so far, without those of paths that were `labelled` since."""
@@ -194,10 +163,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The run.json of a folder of labels.
 
     Raises:
-        DataError: the folder holds no labels.
+        DataError: the folder holds no labels, or those of a divided job that is not joined.
         ArtifactError: they were written by a version with another layout.
     """
     file = folder / "run.json"
+    if not file.exists() and is_divided(folder):
+        raise not_joined(folder)
     if not file.exists():
         raise DataError(
             f"no labels in {folder}: {file.name} is missing",
@@ -223,6 +194,12 @@ def read_labels(folder: Path) -> Iterator[LabelRecord]:
                 yield LabelRecord(**{**row, "labels": tuple(row["labels"]), "scores": scores})
 
 
+def read_labelled_paths(folder: Path) -> Iterator[str]:
+    """The path of each row of a folder of labels, in order."""
+    for part in sorted((folder / "labels").glob("part-*.parquet")):
+        yield from _read_table(part, columns=["path"]).column("path").to_pylist()
+
+
 def read_errors(folder: Path) -> list[ErrorRecord]:
     """All rows of a folder's errors.parquet; none if there is no such file."""
     file = folder / "errors.parquet"
@@ -233,22 +210,38 @@ def read_errors(folder: Path) -> list[ErrorRecord]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    with explained_os_errors(path), _replaced(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced_text(path: Path, *, encoding: str = "utf-8", newline: str | None = None) -> Iterator[TextIO]:
+    """Context with a text stream that becomes the file `path` at the end, whole or not at all."""
+    with explained_os_errors(path), _replaced(path) as file:
+        stream = io.TextIOWrapper(file, encoding=encoding, newline=newline)
+        yield stream
+        stream.flush()
+        stream.detach()
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + ".tmp")
-    with explained_os_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    # A dictionary of scores, nearly all of which differ, would be larger than they are.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=["labels.list.element", "model", "stage"])
     write_atomically(path, sink.getvalue())
 
 

@@ -1,6 +1,6 @@
 """Which images a command was given: folders, patterns, single files, text lists and tar archives, as inputs.
 
-    listing = find_images(["photos", "more/**/*.png", "list.txt", "shard.tar"])
+    listing = find_images(["photos", "more/**/*.png", "list.txt", "shard-{000..009}.tar", "s3://bucket/photos"])
 
 Nothing is opened but folders, lists and archives; whether an input is an image shows when it is decoded.
 Nothing that was named vanishes: a listed path that is missing, a link that leads nowhere and a folder that
@@ -10,30 +10,40 @@ may not be read stay inputs, fail when they are read, and so end in the table of
 from __future__ import annotations
 
 import difflib
-import fnmatch
-import functools
 import glob
-import gzip
 import os
-import posixpath
 import re
 import tarfile
-import threading
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from cliplet.archives import ARCHIVE_SUFFIXES, archive_members, link_target
 from cliplet.errors import DataError, UsageError
+from cliplet.file_patterns import Found, braces_expanded, matches, matches_below, walk
+from cliplet.remote_files import (
+    RemoteError,
+    check_protocol,
+    find_remote,
+    has_pattern,
+    is_remote,
+    is_web,
+    local_path,
+    match_remote,
+    protocol_of,
+    read_remote,
+    suffix_of,
+)
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 )
 LIST_SUFFIX = ".txt"
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-_INFLATED_WINDOW_BYTES = 64 << 20
+# Of files that hold other inputs.
+_FILE_SUFFIXES = (LIST_SUFFIX, ".tar", ".gz", ".tgz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,7 @@ class ImageRef:
     Attributes:
         path: the input as its user would name it, `archive.tar::member` in an archive; valid UTF-8 (bytes
             of a name that are not are written as `\\xff`). This is what result tables hold.
-        file: the file to open, as the system names it.
+        file: the file to open, as the system names it, or its URL.
         member: name inside the archive `file`; None for a file of its own.
         offset: first byte of the member, in the inflated archive if that is compressed; -1 for a link to
             something the archive does not hold.
@@ -90,10 +100,15 @@ def find_images(sources: Sequence[str]) -> Listing:
     - any other file: an input, whatever its suffix.
     - a pattern with `*`, `?`, `[` or `**`: the images it matches; folders it matches are walked; lists,
       archives and other files count when the pattern spells their suffix (`shards/*.tar`).
+    - a pattern with `{000..009}` or `{a,b}`: as if each of these had been named.
+
+    All of them may be remote (`s3://bucket/photos`, `https://example.org/a.jpg`; see `cliplet.remote_files`), and
+    so may the lines of a list. A remote file is not asked for until it is read.
 
     Raises:
         UsageError: no source, a source that does not exist, or a pattern that matches nothing.
-        DataError: the sources hold no image, or a list or an archive cannot be read.
+        DataError: the sources hold no image, or a list, an archive or a remote folder cannot be read.
+        EnvironmentError_: the library for a remote source is missing.
     """
     if not sources:
         raise UsageError("no images were named", "a folder, a file, a pattern, a list or a tar archive")
@@ -105,14 +120,6 @@ def find_images(sources: Sequence[str]) -> Listing:
     return Listing(
         list(finder.images.values()), dict(finder.ignored), finder.duplicates, tuple(finder.unreadable)
     )
-
-
-@dataclass(frozen=True)
-class _Walked:
-    """Files of all kinds, and folders that could not be listed."""
-
-    files: list[str]
-    unreadable: list[str]
 
 
 class _Finder:
@@ -127,8 +134,14 @@ class _Finder:
 
     def take(self, source: str) -> None:
         """Add what one source names."""
-        if os.path.isdir(source):
-            self._take_walked(_walk([source]))
+        several = [] if os.path.lexists(source) else braces_expanded(source)
+        if len(several) > 1:
+            for one in several:
+                self.take(one)
+        elif is_remote(source):
+            self._take_remote(source)
+        elif os.path.isdir(source):
+            self._take_walked(walk([source]))
         elif os.path.exists(source):
             self._take_file(source)
         elif glob.has_magic(source):
@@ -136,63 +149,106 @@ class _Finder:
         else:
             raise _missing(source)
 
+    def _take_remote(self, url: str) -> None:
+        check_protocol(url)
+        suffix = suffix_of(url)
+        local = local_path(url)
+        if local is not None:
+            self._take_spelled(local, url)
+        elif has_pattern(url):
+            found = _asked(match_remote, url)
+            if not found or not (found.files or found.unreadable):
+                raise UsageError(f"nothing matches the pattern {url}", "at least one file or folder")
+            self._take_walked(found, named_suffix=suffix or None)
+        elif suffix in IMAGE_SUFFIXES or suffix in _FILE_SUFFIXES or is_web(url) and not url.endswith("/"):
+            self._take_file(url)
+        else:
+            found = _asked(find_remote, url)
+            if found is None:
+                raise UsageError(f"{url} does not exist", "a remote folder, file or pattern")
+            self._take_walked(found, named=url)
+
+    def _take_spelled(self, path: str, url: str) -> None:
+        """Add what a path names, with the names that it has as a `file://` URL."""
+        scheme = url[: len(url) - len(path)]
+        finder = _Finder()
+        finder.take(path)
+        for ref in finder.images.values():
+            self._add(replace(ref, path=ref.path if is_remote(ref.path) else scheme + ref.path))
+        self.ignored += finder.ignored
+        self.duplicates += finder.duplicates
+        self.unreadable += [scheme + folder for folder in finder.unreadable]
+
     def _add(self, ref: ImageRef) -> None:
-        folder, name = os.path.split(ref.file)
-        if folder not in self._real_folders:
-            self._real_folders[folder] = os.path.realpath(folder)
-        key = (os.path.join(self._real_folders[folder], name), ref.member)
+        key = (ref.file if is_remote(ref.file) else self._real(ref.file), ref.member)
         if key in self.images:
             self.duplicates += 1
         else:
             self.images[key] = ref
 
-    def _take_walked(self, walked: _Walked, named_suffix: str | None = None) -> None:
+    def _real(self, file: str) -> str:
+        folder, name = os.path.split(file)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        real = self._real_folders[folder]
+        joined = os.path.join(real, name)
+        return (
+            file if joined == file else joined
+        )  # the very string where it can be: a collection has millions
+
+    def _take_walked(self, walked: Found, named_suffix: str | None = None, named: str | None = None) -> None:
+        """Add the images among what was found, and files that were named or whose suffix was."""
         unreadable = set(walked.unreadable)
         self.unreadable += map(_shown, walked.unreadable)
         for path in sorted([*walked.files, *walked.unreadable]):
-            suffix = _suffix(path)
+            suffix = suffix_of(path)
             if path in unreadable or suffix in IMAGE_SUFFIXES:
                 self._add(ImageRef(_shown(path), path))
-            elif suffix == named_suffix:
+            elif suffix == named_suffix or path == named:
                 self._take_file(path)
             else:
                 self.ignored[suffix or "(none)"] += 1
 
     def _take_file(self, file: str) -> None:
-        if file.lower().endswith(LIST_SUFFIX):
+        name = urlsplit(file).path if is_remote(file) and is_web(file) else file
+        if name.lower().endswith(LIST_SUFFIX):
             self._take_list(file)
-        elif file.lower().endswith(ARCHIVE_SUFFIXES):
+        elif name.lower().endswith(ARCHIVE_SUFFIXES):
             self._take_archive(file)
         else:
             self._add(ImageRef(_shown(file), file))
 
     def _take_pattern(self, pattern: str) -> None:
-        matched = _matches_below(pattern) if "**" in pattern.split("/") else _matches(pattern)
+        matched = matches_below(pattern) if "**" in pattern.split("/") else matches(pattern)
         if not matched.files and not matched.unreadable:
             raise UsageError(f"nothing matches the pattern {_shown(pattern)}", "at least one file or folder")
-        self._take_walked(matched, named_suffix=_suffix(pattern) or None)
+        self._take_walked(matched, named_suffix=suffix_of(pattern) or None)
 
     def _take_list(self, file: str) -> None:
         try:
-            text = Path(file).read_text("utf-8-sig", errors="surrogateescape")
+            data = read_remote(file) if is_remote(file) else Path(file).read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the list {_shown(file)}: {error.strerror or error}") from error
+        text = data.decode("utf-8-sig", errors="surrogateescape")
         if "\0" in text:
             raise DataError(f"the list {_shown(file)} is not text", "UTF-8 text, one path a line")
+        protocols = set[str]()
         for line in text.split("\n"):
             path = line.strip()
             if not path or path.startswith("#"):
                 continue
             beside = os.path.join(os.path.dirname(file), path)
-            if not os.path.lexists(path) and os.path.lexists(beside):
+            if is_remote(path):
+                if protocol_of(path) not in protocols:
+                    check_protocol(path)
+                    protocols.add(protocol_of(path))
+            elif is_remote(file) or (not os.path.lexists(path) and os.path.lexists(beside)):
                 path = beside
-            self._add(ImageRef(_shown(path), path))
+            self._add(ImageRef(_shown(path), local_path(path) or path))
 
     def _take_archive(self, file: str) -> None:
         try:
-            with open(file, "rb") as stream:
-                compressed = stream.read(2) == b"\x1f\x8b"
-            members, repeated = _members(file, compressed)
+            members, repeated, compressed = archive_members(file)
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"cannot read the archive {_shown(file)}: {error}", "a whole tar archive, plain or with gzip"
@@ -201,166 +257,38 @@ class _Finder:
         for name, member in members.items():
             if member.isdir() or re.search(r"(^|/)\.(?!\.?/)", name):  # ./ and ../ hide nothing
                 continue
-            if _suffix(name) not in IMAGE_SUFFIXES:
-                self.ignored[_suffix(name) or "(none)"] += 1
+            if suffix_of(name) not in IMAGE_SUFFIXES:
+                self.ignored[suffix_of(name) or "(none)"] += 1
                 continue
-            held = _link_target(member, members)
+            held = link_target(member, members)
             offset, size = (held.offset_data, held.size) if held else (-1, 0)
             self._add(ImageRef(f"{_shown(file)}::{_shown(name)}", file, name, offset, size, compressed))
 
 
-def _walk(roots: Sequence[str]) -> _Walked:
-    """All files in and below the folders, hidden ones left out.
-
-    Links to folders wait until the folders themselves have been walked, and are skipped where those led to
-    the same place: so a file keeps its real name, and a loop of links ends.
-    """
-    walked = _Walked([], [])
-    folders, links = list(roots), list[str]()
-    seen = set[tuple[int, int]]()
-    while folders or links:
-        is_link = not folders
-        folder = folders.pop() if folders else links.pop()
-        try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if is_link and identity in seen:
-                continue
-            with os.scandir(folder) as entries:
-                shown = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        except OSError:
-            walked.unreadable.append(folder)
-            continue
-        seen.add(identity)
-        for entry in shown:
-            if not entry.is_dir():
-                walked.files.append(entry.path)
-            elif entry.is_symlink():
-                links.append(entry.path)
-            else:
-                folders.append(entry.path)
-    return walked
-
-
-def _matches(pattern: str) -> _Walked:
-    """What a pattern without `**` matches; matching folders are walked."""
-    paths = glob.glob(pattern)
-    walked = _walk(sorted(p for p in paths if os.path.isdir(p)))
-    return _Walked([p for p in paths if not os.path.isdir(p)] + walked.files, walked.unreadable)
-
-
-def _matches_below(pattern: str) -> _Walked:
-    """What a pattern with `**` matches: the walk of what stands before it, filtered by what stands after.
-
-    `glob` would follow a loop of links into ever longer names.
-    """
-    parts = pattern.split("/")
-    first = parts.index("**")
-    above = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else "")
-    roots = sorted(p for p in glob.glob(above) if os.path.isdir(p)) if above else ["."]
-    files, unreadable = list[str](), list[str]()
-    for root in roots:
-        walked = _walk([root])
-        begin = len(os.path.join(root, ""))
-        for path in walked.files:
-            below = path[begin:].split("/")
-            if any(_agree(below[: n + 1], parts[first:]) for n in range(len(below))):
-                files.append(path if above else path[begin:])
-        unreadable += walked.unreadable
-    return _Walked(files, unreadable)
-
-
-def _agree(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, `**` standing for any number of parts."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_agree(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _agree(parts[1:], pattern[1:])
-
-
-def _members(file: str, compressed: bool) -> tuple[dict[str, tarfile.TarInfo], int]:
-    """Members of a tar archive by name, and how many of them a later one of the same name replaces.
-
-    Raises:
-        tarfile.TarError, OSError, EOFError, zlib.error: it is cut short, damaged, or no archive.
-    """
-    with tarfile.open(file, "r:gz" if compressed else "r:") as archive:
-        everything = archive.getmembers()
-        # `tarfile` takes a damaged header for the end of the archive; the end is zeros, or nothing at all.
-        assert archive.fileobj is not None
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"damaged after {len(everything):,} members, at byte {archive.offset:,}")
-    members = {member.name: member for member in everything}
-    return members, len(everything) - len(members)
-
-
-def _link_target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The member that holds the bytes; None if a link leads out of the archive or in a circle."""
-    for _ in range(8):
-        if member.islnk():
-            target = member.linkname
-        elif member.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname))
-        else:
-            return member
-        held = members.get(target) or members.get(f"./{target}")
-        if held is None:
-            return None
-        member = held
-    return None
-
-
-class _Inflated:
-    """The content of a gzip file, read forward once as long as its readers keep about the same pace.
-
-    What was inflated last stays in memory, because neighbours of a member are read by other threads a
-    little earlier or later. Who asks for something further back pays for inflating from the start.
-    """
-
-    def __init__(self, file: str) -> None:
-        self._lock = threading.Lock()
-        self._stream = gzip.open(file)
-        self._window = bytearray()
-        self._start = 0
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; fewer where the content ends."""
-        with self._lock:
-            if offset < self._start:
-                self._stream.seek(0)
-                self._window.clear()
-                self._start = 0
-            while self._start + len(self._window) < offset + size:
-                chunk = self._stream.read(1 << 20)
-                if not chunk:
-                    break
-                self._window += chunk
-                surplus = min(len(self._window) - _INFLATED_WINDOW_BYTES, offset - self._start)
-                if surplus > 0:
-                    del self._window[:surplus]
-                    self._start += surplus
-            begin = offset - self._start
-            return bytes(self._window[begin : begin + size])
-
-
-@functools.lru_cache(maxsize=4)
-def inflated_archive(file: str, process: int) -> _Inflated:
-    """The content of a gzip file, to be read at any offset.
-
-    One for each process: forked ones would move each other's position in the file.
-    """
-    return _Inflated(file)
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+def _asked(ask: Callable[[str], Found | None], url: str) -> Found | None:
+    try:
+        return ask(url)
+    except RemoteError as error:
+        raise DataError(
+            f"cannot list {url}: {error}",
+            "a remote folder that can be read",
+            "check the address and the rights",
+        ) from error
 
 
 def _shown(path: str) -> str:
     """The path in valid UTF-8; bytes that are not are written as `\\xff`."""
+    if path.isascii():
+        return path  # the very string: a collection has millions
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def system_name(path: str) -> str:
+    """The name of a file as the system has it, from how tables show it."""
+    if os.path.lexists(path):
+        return path
+    restored = re.sub(rb"\\x([89a-f][0-9a-f])", lambda m: bytes.fromhex(m[1].decode()), os.fsencode(path))
+    return os.fsdecode(restored) if os.path.lexists(restored) else path
 
 
 def _missing(source: str) -> UsageError:

@@ -77,6 +77,30 @@ def average_precisions(scores_NC: np.ndarray, truth_NC: np.ndarray) -> np.ndarra
     return np.array([average_precision(scores_NC[:, c], truth_NC[:, c]) for c in range(scores_NC.shape[1])])
 
 
+def eleven_point_average_precision(scores_N: np.ndarray, truth_N: np.ndarray) -> float:
+    """Average precision of one class as Pascal VOC counted it until 2009, 0..1; not comparable with all-points.
+
+    The mean over the recalls 0, 0.1, … 1 of the highest precision at that recall or a higher one (Everingham et
+    al., IJCV 2010, eq. 1 and 2). The linear probes of CLIP and MLCD report this one for VOC2007. Images with equal
+    scores are tagged together. A class without any positives scores 0.
+
+    Args:
+        scores_N: float [N].
+        truth_N: bool [N].
+    """
+    curve = precision_recall_curve(scores_N, truth_N)
+    # k / 10, not k * 0.1: both this and a recall of 3 in 10 are then the float nearest to 0.3.
+    reached = [curve.precision_K[curve.recall_K >= k / 10] for k in range(11)]
+    highest = [precision.max() if len(precision) else 0.0 for precision in reached]
+    return float(np.mean(highest)) if truth_N.any() else 0.0
+
+
+def eleven_point_average_precisions(scores_NC: np.ndarray, truth_NC: np.ndarray) -> np.ndarray:
+    """The 11-point average precision of each class, float [C] in 0..1."""
+    columns = range(scores_NC.shape[1])
+    return np.array([eleven_point_average_precision(scores_NC[:, c], truth_NC[:, c]) for c in columns])
+
+
 @dataclass(frozen=True, eq=False)
 class ClassQuality:
     """Precision, recall and F1 of the tags of each class, each float [C] in 0..1."""

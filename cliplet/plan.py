@@ -5,24 +5,56 @@ Legend: C classes.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
-from cliplet.artifact import Bundle
+from cliplet.artifact import Bundle, Engine, Manifest
+from cliplet.contract import CLASSIFIER, SNIPPETS, TRUNK, GraphContract
 from cliplet.errors import UsageError
 from cliplet.model_spec import ModelSpec, parse_model_spec
-from cliplet.thresholds import THRESHOLDS_FILE, Thresholds, thresholds_from_json
+from cliplet.plan_checks import (
+    asked_aggregation,
+    chosen_views,
+    gives_features,
+    hold_labels,
+    hold_vocabulary,
+    own_aggregation,
+    refuse_aggregation,
+    refuse_labels,
+)
+from cliplet.plan_thresholds import (
+    calibrated_thresholds,
+    chosen_thresholds,
+    classifier_thresholds,
+    own_vocabulary,
+)
+from cliplet.server_address import ConnectionSettings, ServerAddress
+from cliplet.serving import ModelCard
 from cliplet.views import Aggregation, Views
-from cliplet.vocabulary import Vocabulary, prompt_set, read_vocabulary
+from cliplet.vocabulary import NO_CLASSES, Vocabulary, prompt_set, read_vocabulary
 
 DEFAULT_VIEWS = "1+3x3"
 # Where nothing was calibrated. Softmax scores of present objects usually lie above it; it is only a start.
 DEFAULT_THRESHOLD = 0.3
+# A sigmoid's middle; where a classifier was not calibrated there is nothing better.
+CLASSIFIER_THRESHOLD = 0.5
 # Views in one batch: enough to fill the engine's matrix products, few enough to stay within a few hundred MB.
 VIEWS_PER_BATCH = 32
-RUNTIMES = ("onnx", "torch")
+RUNTIMES = ("auto", "openvino", "onnx", "tensorrt", "tensorrt_rtx", "torch")
+# What runs on a device, and what `auto` takes, best first. On a CPU OpenVINO is the faster one where it is installed.
+PREFERRED = {"cpu": ("openvino", "onnx"), "cuda": ("tensorrt", "tensorrt_rtx", "onnx")}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
+# The precisions that a runtime's engines are built in.
+OFFERED = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "tensorrt": ("fp32", "fp16", "bf16"),
+    "tensorrt_rtx": ("fp32", "fp16", "bf16"),
+}
+# The precisions of the eager model, for which nothing is built.
+TORCH_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +65,36 @@ class TaggerSettings:
         model: see `cliplet.model_spec`.
         classes: a class file, or names separated by commas; needed unless the model brings its own.
         prompts: a prompt set's name, or templates with {} in them separated by `|`.
-        views: such as `1`, `1+2x2`, `1+3x3`.
-        aggregate, zeta: see `cliplet.views.Aggregation`; by default the bundle's own, or `cdul` with 0.
+        views: such as `1`, `1+2x2`, `1+3x3`; by default the last, or `1` for a classifier, which has no other.
+        aggregate, zeta: see `cliplet.views.Aggregation`; by default the bundle's own, or `cdul` with 0. A
+            classifier has neither.
         threshold: score from which on a class is a label; by default the model's own, if it was calibrated.
-        runtime: `onnx` (onnxruntime) or `torch` (eager, the reference).
+        runtime: `openvino`, `onnx` (onnxruntime), `tensorrt`, `tensorrt_rtx`, `torch` (eager, the reference), or
+            `auto`: the first of them that is there for the device and has the precision.
+        precision: of the encoder: `fp32`, `fp16`, `bf16` or `int8`; which runtime has which stands in OFFERED.
         threads: of the engine; 0 means one a core.
+        connection: how to talk to a server, if the model is on one.
     """
 
     model: str = "tiny"
     classes: str | None = None
     prompts: str | None = None
-    views: str = DEFAULT_VIEWS
+    views: str | None = None
     aggregate: str | None = None
     zeta: float | None = None
     threshold: float | None = None
-    runtime: str = "onnx"
+    runtime: str = "auto"
+    precision: str = "fp32"
     device: str = "cpu"
     threads: int = 0
+    connection: ConnectionSettings = field(default_factory=ConnectionSettings)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("runtime", self.runtime, RUNTIMES), ("device", self.device, DEVICES)):
+        for name, value, known in (
+            ("runtime", self.runtime, RUNTIMES),
+            ("precision", self.precision, PRECISIONS),
+            ("device", self.device, DEVICES),
+        ):
             if value not in known:
                 raise UsageError(f"{name} {value!r}", f"one of {', '.join(known)}", f"--{name} {known[0]}")
         if self.threads < 0:
@@ -65,7 +107,14 @@ class TaggerSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before an engine is loaded: what a run does, and what its results depend on."""
+    """All that is decided before an engine is loaded: what a run does, and what its results depend on.
+
+    Attributes:
+        bundle: where the model is one on this machine.
+        runtime: what will run it; `triton` where a server does.
+        engine: the bundle's engine that will run; None where there is no bundle yet, or `torch` runs.
+        card: what a server says of the bundle that it serves.
+    """
 
     settings: TaggerSettings
     spec: ModelSpec
@@ -76,17 +125,49 @@ class Plan:
     threshold_source: str
     bundle: Bundle | None
     calibrated: dict[str, Any]
+    runtime: str
+    engine: Engine | None
+    card: ModelCard | None = None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of the bundle, here or on a server; None where there is none yet."""
+        if self.card is not None:
+            return self.card.manifest
+        return None if self.bundle is None else self.bundle.manifest
+
+    @property
+    def contract(self) -> GraphContract:
+        """The graph that its engine runs."""
+        if self.manifest is not None:
+            return self.manifest.contract
+        if self.spec.trunk:
+            return TRUNK
+        return CLASSIFIER if self.spec.classifier else SNIPPETS
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for two runs to give the same scores and labels."""
+        """What must be equal for two runs to give the same scores and labels.
+
+        A server counts as the engine that it runs: the same job may go on with the bundle itself, through another
+        server of it, or through the same one at another address.
+        """
+        # Other bundles of the same weights, such as one that was calibrated on other images, score otherwise.
+        files = self.manifest.files_of(self.engine) if self.manifest and self.engine else None
         return {
-            "model": self.bundle.manifest.identity if self.bundle else self.spec.identity(),
+            **({"engine": files} if files else {}),
+            "model": self.manifest.identity if self.manifest else self.spec.identity(),
             "vocabulary": self.vocabulary.to_json(),
             "views": str(self.views),
             "aggregation": self.aggregation.to_json(),
             "thresholds": list(self.thresholds),
-            "runtime": f"{self.settings.runtime}/{self.settings.device}",
+            "runtime": "/".join(self._computed_by()),
         }
+
+    def _computed_by(self) -> tuple[str, str, str]:
+        """Runtime, precision and device of the engine, wherever it is."""
+        if self.card is None or self.engine is None:
+            return self.runtime, self.settings.precision, self.settings.device
+        return self.engine.runtime, self.engine.precision, "cpu" if self.card.device == "cpu" else "cuda"
 
     @property
     def images_per_batch(self) -> int:
@@ -94,67 +175,163 @@ class Plan:
         return max(1, VIEWS_PER_BATCH // self.views.count)
 
 
-def make_plan(settings: TaggerSettings, vocabulary: Vocabulary | None = None) -> Plan:
+def make_plan(
+    settings: TaggerSettings, vocabulary: Vocabulary | None = None, *, features: bool = False
+) -> Plan:
     """Everything about a tagger that can be known, and refused, without loading an engine.
 
     Args:
         vocabulary: the classes and prompts, where they are no text that a settings field could hold.
+        features: a trunk will do as well, which gives features of images and no labels.
 
     Raises:
-        UsageError, DataError, ArtifactError: the model, classes, prompts, views or thresholds are no good.
+        UsageError: runtime, device and precision do not go together, a bundle holds no such engine, or the model
+            cannot do what was asked.
+        DataError, ArtifactError: the model, classes or thresholds are no good.
+        ServerError: the model is on a server that does not answer.
     """
+    if ServerAddress.is_meant(settings.model):
+        from cliplet.plan_served import plan_of_server
+
+        return plan_of_server(settings, vocabulary, features=features)
+    if settings.runtime != "auto":
+        _hold_offered(settings.runtime, settings.precision, settings.device)
     spec = parse_model_spec(settings.model)
-    views = Views.parse(settings.views)
     bundle = Bundle.load(spec.bundle) if spec.bundle else None
+    manifest = bundle.manifest if bundle else None
+    if not features:
+        hold_labels(spec, manifest)
+    if gives_features(spec, manifest):
+        return _plan_of_trunk(settings, spec, bundle)
+    is_classifier = spec.classifier is not None or _is_classifier(bundle)
+    if is_classifier:
+        refuse_aggregation(settings)
     if bundle is not None:
-        own = _bundle_vocabulary(bundle, settings, vocabulary)
-        aggregation = _bundle_aggregation(bundle, settings)
+        aggregation = own_aggregation(bundle.manifest, settings)
         calibrated = dict(bundle.manifest.thresholds)
+        own = bundle.manifest.vocabulary
+    elif spec.classifier is not None:
+        own = Vocabulary.from_json(spec.classifier_details()["vocabulary"], settings.model)
+        aggregation = asked_aggregation(settings, Aggregation())
+        calibrated = classifier_thresholds(spec)
     else:
         own = vocabulary or _chosen_vocabulary(spec, settings)
-        aggregation = _asked_aggregation(settings, Aggregation())
-        calibrated = _calibrated_thresholds(spec, own)
-    thresholds = _thresholds(settings, own, str(views), aggregation, calibrated)
-    found, source = thresholds.values, thresholds.source
-    return Plan(settings, spec, own, views, aggregation, found, source, bundle, calibrated)
-
-
-def _bundle_vocabulary(bundle: Bundle, settings: TaggerSettings, given: Vocabulary | None) -> Vocabulary:
-    vocabulary = bundle.manifest.vocabulary
-    prompts = prompt_set(settings.prompts) if settings.prompts else (given or vocabulary).prompts
-    asked = (
-        (given or vocabulary).names if settings.classes is None else read_vocabulary(settings.classes).names
+        aggregation = asked_aggregation(settings, Aggregation())
+        calibrated = calibrated_thresholds(spec, own)
+    if spec.bundle or spec.classifier:
+        hold_vocabulary(own, settings, vocabulary, bundle)
+    usual_views = "1" if is_classifier else DEFAULT_VIEWS
+    views = chosen_views(settings, looks_once=is_classifier, usual=usual_views)
+    usual = CLASSIFIER_THRESHOLD if is_classifier else DEFAULT_THRESHOLD
+    thresholds = chosen_thresholds(settings, own.names, str(views), aggregation, calibrated, usual)
+    runtime, engine = _engine(settings, bundle)
+    return Plan(
+        settings,
+        spec,
+        own,
+        views,
+        aggregation,
+        thresholds.values,
+        thresholds.source,
+        bundle,
+        calibrated,
+        runtime,
+        engine,
     )
-    if asked != vocabulary.names or prompts != vocabulary.prompts:
+
+
+def _plan_of_trunk(settings: TaggerSettings, spec: ModelSpec, bundle: Bundle | None) -> Plan:
+    """The plan of a model that has no classes, and looks at whole images."""
+    refuse_labels(settings)
+    views = chosen_views(settings, looks_once=True, usual="1")
+    runtime, engine = _engine(settings, bundle)
+    return Plan(
+        settings, spec, NO_CLASSES, views, Aggregation(), (), "it has none", bundle, {}, runtime, engine
+    )
+
+
+def _engine(settings: TaggerSettings, bundle: Bundle | None) -> tuple[str, Engine | None]:
+    """The runtime, and the bundle's engine for it; None where there is no bundle, or the eager model runs."""
+    runtime = _runtime(settings, bundle)
+    if bundle is None or runtime == "torch":
+        return runtime, None
+    return runtime, find_engine(bundle, runtime, settings.precision, settings.device)
+
+
+def usable_runtimes(device: str) -> list[str]:
+    """The runtimes whose library is installed and that run on `device`, best first."""
+    libraries = {"onnx": "onnxruntime"}
+    return [name for name in PREFERRED[device] if find_spec(libraries.get(name, name)) is not None]
+
+
+def find_engine(bundle: Bundle, runtime: str, precision: str, device: str) -> Engine:
+    """The engine of a bundle that was asked for.
+
+    Raises:
+        UsageError: the bundle holds none such, or nobody could build it.
+    """
+    _hold_offered(runtime, precision, device)
+    for engine in bundle.manifest.engines:
+        on_cpu = engine.device == "cpu"
+        # A graph for onnxruntime runs anywhere; an engine for a GPU was built for one kind of it.
+        fits = engine.runtime == "onnx" or on_cpu == (device == "cpu")
+        if (engine.runtime, engine.precision) == (runtime, precision) and fits:
+            return engine
+    held = ", ".join(engine.name for engine in bundle.manifest.engines)
+    classes = " --classes CLASSES" if bundle.manifest.contract is SNIPPETS else ""
+    raise UsageError(
+        f"the bundle {bundle.folder} holds no engine {runtime}-{precision} for {device}",
+        f"one of {held}",
+        f"cliplet export {bundle.manifest.model}{classes} --runtime {runtime} --precision {precision} --out NEW",
+    )
+
+
+def _hold_offered(runtime: str, precision: str, device: str) -> None:
+    """Raise `UsageError` unless a runtime runs on a device and has a precision."""
+    if runtime != "torch" and runtime not in PREFERRED[device]:
+        other = next(name for name in DEVICES if runtime in PREFERRED[name])
         raise UsageError(
-            f"the bundle {bundle.folder} was made for other classes or prompts than --classes and --prompts name",
-            f"its own {len(vocabulary.names)} classes ({', '.join(vocabulary.names[:8])}, …)",
-            f"leave both out, or start from its original: --model {bundle.manifest.model}",
+            f"--runtime {runtime} with --device {device}",
+            f"one of {', '.join((*PREFERRED[device], 'torch'))} for {device}; {runtime} runs on {other} alone",
+            f"--device {other}",
         )
-    return vocabulary
-
-
-def _bundle_aggregation(bundle: Bundle, settings: TaggerSettings) -> Aggregation:
-    own = Aggregation(**bundle.manifest.aggregation)
-    if _asked_aggregation(settings, own) != own:
+    offered = TORCH_PRECISIONS if runtime == "torch" else OFFERED[runtime]
+    if precision not in offered:
+        others = [name for name in PREFERRED[device] if precision in OFFERED[name]]
         raise UsageError(
-            f"the bundle {bundle.folder} aggregates with {own.kind}, zeta {own.zeta}: that is inside its graph",
-            "no other --aggregate or --zeta",
-            f"leave both out, or start from its original: --model {bundle.manifest.model}",
+            f"--runtime {runtime} with --precision {precision}",
+            f"{runtime} has {', '.join(offered)}",
+            f"--precision {offered[0]}, or --runtime {others[0]}",
         )
-    return own
 
 
-def _asked_aggregation(settings: TaggerSettings, usual: Aggregation) -> Aggregation:
-    kind = usual.kind if settings.aggregate is None else settings.aggregate
-    return Aggregation(kind, usual.zeta if settings.zeta is None else settings.zeta)
+def _runtime(settings: TaggerSettings, bundle: Bundle | None) -> str:
+    """The runtime that was asked for, or the best one that is here, has the precision and, for a bundle, is in it.
+
+    Where there is none, the one whose absence is to be reported.
+    """
+    if settings.runtime != "auto":
+        return settings.runtime
+    offering = [name for name in PREFERRED[settings.device] if settings.precision in OFFERED[name]]
+    if bundle is None:
+        # TensorRT engines are built by `cliplet export` for one GPU; a graph for onnxruntime can be made at once.
+        fitting = [name for name in offering if not name.startswith("tensorrt")]
+    else:
+        held = {e.runtime for e in bundle.manifest.engines if e.precision == settings.precision}
+        fitting = [name for name in offering if name in held]
+    usable = [name for name in usable_runtimes(settings.device) if name in fitting]
+    return (usable or fitting or offering[-1:])[0]
+
+
+def _is_classifier(bundle: Bundle | None) -> bool:
+    return bundle is not None and bundle.manifest.contract is CLASSIFIER
 
 
 def _chosen_vocabulary(spec: ModelSpec, settings: TaggerSettings) -> Vocabulary:
     prompts = prompt_set(settings.prompts) if settings.prompts else None
     if settings.classes is not None:
         return read_vocabulary(settings.classes, prompts)
-    own = _own_vocabulary(spec)
+    own = own_vocabulary(spec)
     if own is None:
         raise UsageError(
             f"{spec} brings no class names of its own",
@@ -162,41 +339,3 @@ def _chosen_vocabulary(spec: ModelSpec, settings: TaggerSettings) -> Vocabulary:
             "--classes classes.txt, or --classes 'cat,dog,person'",
         )
     return own if prompts is None else replace(own, prompts=prompts)
-
-
-def _own_vocabulary(spec: ModelSpec) -> Vocabulary | None:
-    """The class names that lie beside a model's weights."""
-    file = spec.folder / "classes.txt" if spec.folder else None
-    return read_vocabulary(str(file)) if file and file.is_file() else None
-
-
-def _calibrated_thresholds(spec: ModelSpec, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a model's folder says of thresholds: for each way to look a value, and how it was found.
-
-    They were found for the model's own classes and prompts; softmax scores among others mean something else.
-    """
-    own = _own_vocabulary(spec)
-    file = spec.folder / THRESHOLDS_FILE if spec.folder else None
-    if own is None or file is None or not file.is_file() or own.to_json() != vocabulary.to_json():
-        return {}
-    calibrated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return calibrated
-
-
-def _thresholds(
-    settings: TaggerSettings,
-    vocabulary: Vocabulary,
-    views: str,
-    aggregation: Aggregation,
-    calibrated: dict[str, Any],
-) -> Thresholds:
-    if settings.threshold is not None:
-        return Thresholds.same(settings.threshold, vocabulary.names, "given")
-    entry = calibrated.get(views)
-    # An entry that names no aggregation was found with the usual one.
-    named = entry.get("aggregation", {}) if isinstance(entry, dict) else {}
-    if entry is not None and aggregation == Aggregation(**named):
-        return thresholds_from_json(entry, vocabulary.names, f"{settings.model}, views {views},")
-    return Thresholds.same(
-        DEFAULT_THRESHOLD, vocabulary.names, "not calibrated for this model; choose one with --threshold"
-    )

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from cliplet.artifact import MODEL_FILE, Bundle, SnippetsJob
-from cliplet.contract import SNIPPETS
-from cliplet.errors import DataError, EnvironmentError_, UsageError
+from cliplet.artifact import Bundle, BundleJob
+from cliplet.contract import CLASSIFIER, EMBEDDINGS, TRUNK
+from cliplet.errors import DataError, EnvironmentError_, ServerError, UsageError
 from cliplet.images import ImageRef, Picture, decode_image, read_image, upright_rgb
-from cliplet.labels import LabelRecord
-from cliplet.plan import Plan, TaggerSettings, make_plan
-from cliplet.runners import Runner
+from cliplet.label_records import LabelRecord
+from cliplet.plan import Plan, TaggerSettings, find_engine, make_plan
+from cliplet.runners import Runner, open_runner
+from cliplet.serving import ModelCard
 from cliplet.views import Preprocessing, place_on_canvas
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Tagger:
         self.plan = chosen
         self.runner = runner
         self.preprocessing = preprocessing
+        self._names = chosen.vocabulary.names
         self._thresholds_C = np.asarray(chosen.thresholds, np.float32)
 
     def __enter__(self) -> Self:
@@ -56,7 +58,7 @@ class Tagger:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of every score vector."""
-        return self.plan.vocabulary.names
+        return self._names
 
     @property
     def room(self) -> dict[str, int]:
@@ -66,27 +68,39 @@ class Tagger:
     def score(
         self, pictures: Sequence[Picture], boxes: Sequence[np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """`scores` float32 [B, C] and `view_probs` float32 [B, V, C] of decoded images.
+        """`scores` float32 [B, C] of decoded images; also `view_probs` [B, V, C], or a classifier's `cam` [B, C, h, w].
+
+        Of a trunk `embeddings` float32 [B, D], rows of length 1, and nothing else.
 
         Args:
             boxes: float32 [v, 4] for each image, in its pixels, to look at in place of the grids.
 
         Raises:
-            DataError: a score is not finite.
+            DataError: what the engine gives is not finite.
+            UsageError: boxes for a classifier or a trunk.
         """
+        contract = self.plan.contract
         pixels, sizes = [p.pixels for p in pictures], [(p.width, p.height) for p in pictures]
+        if boxes is not None and not contract.takes_views:
+            raise UsageError(
+                f"boxes for a {contract.name}", "none: it looks at the whole image", "use a CLIP"
+            )
         feeds = place_on_canvas(pixels, self.plan.views, self.preprocessing, boxes, sizes)
-        outputs = self.runner.infer(feeds)
-        if not np.isfinite(outputs["scores"]).all():
+        outputs = self.runner.infer(contract.of_views(feeds))
+        if contract is CLASSIFIER:
+            outputs = {"scores": outputs["probs"], "cam": outputs["cam"]}
+        main = EMBEDDINGS if contract is TRUNK else "scores"
+        if not np.isfinite(outputs[main]).all():
             raise DataError(
-                "the engine returned scores that are not finite", "probabilities", "try --runtime torch"
+                f"the engine returned {main} that are not finite", "finite numbers", "try --runtime torch"
             )
         return outputs
 
     def labels_of(self, scores_C: np.ndarray) -> tuple[str, ...]:
         """Names of the classes at or above their threshold, best first."""
-        order = np.argsort(-scores_C, kind="stable")
-        return tuple(self.classes[c] for c in order if scores_C[c] >= self._thresholds_C[c])
+        above = np.flatnonzero(scores_C >= self._thresholds_C)
+        order = np.argsort(-scores_C[above], kind="stable")
+        return tuple(self._names[c] for c in above[order])
 
     def label(
         self,
@@ -152,52 +166,92 @@ def load(model: str = "tiny", **settings: Any) -> Tagger:
     return load_plan(make_plan(TaggerSettings(model=model, **settings)))
 
 
-def load_plan(chosen: Plan) -> Tagger:
+def load_plan(chosen: Plan, streams: int = 1) -> Tagger:
     """The tagger that `chosen` describes, its engine loaded.
+
+    Args:
+        streams: batches that an engine on the CPU scores at the same time; see `runner.concurrency` for what came of it.
 
     Raises:
         EnvironmentError_: this machine lacks the runtime, the device or the weights.
         ParityError: an exported graph does not agree with its original.
+        ServerError: the server that has the model does not answer, or serves another one by now.
     """
     settings = chosen.settings
-    if settings.runtime == "torch":
+    if chosen.card is not None:
+        return _load_served(chosen, chosen.card)
+    if chosen.runtime == "torch":
         return _load_eager(chosen)
-    from cliplet.runners.onnx_runner import OnnxRunner
-
-    bundle = chosen.bundle or _exported(chosen)
-    runner = OnnxRunner(bundle.folder / MODEL_FILE, SNIPPETS, settings.device, settings.threads)
+    bundle = chosen.bundle or exported_bundle(chosen)
+    engine = chosen.engine or find_engine(bundle, chosen.runtime, settings.precision, settings.device)
+    runner = open_runner(
+        chosen.runtime,
+        bundle.folder / engine.file,
+        chosen.contract,
+        precision=settings.precision,
+        device=settings.device,
+        threads=settings.threads,
+        streams=streams,
+    )
     return Tagger(chosen, runner, bundle.manifest.preprocessing)
 
 
+def _load_served(chosen: Plan, card: ModelCard) -> Tagger:
+    from cliplet.runners.triton_runner import TritonRunner
+    from cliplet.triton_calls import Connection
+
+    assert chosen.spec.server is not None
+    connection = Connection(chosen.spec.server, chosen.settings.connection)
+    try:
+        if connection.card().to_json() != card.to_json():
+            raise ServerError(
+                f"{chosen.spec} serves another bundle, engine or thresholds than a moment ago",
+                "a server that stays as it is",
+                "the same command again",
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return Tagger(chosen, TritonRunner(connection, card), card.manifest.preprocessing)
+
+
 def _load_eager(chosen: Plan) -> Tagger:
+    settings = chosen.settings
     if chosen.bundle is not None:
         raise UsageError(
             f"{chosen.spec} is a bundle: it holds a graph, not a torch model",
-            "--runtime onnx for a bundle",
+            "--runtime openvino or onnx for a bundle",
             f"use its original: --model {chosen.bundle.manifest.model} --runtime torch",
         )
     try:
         from cliplet.runners.torch_runner import TorchRunner
-        from cliplet.teacher import load_teacher
+
+        (original,) = entry_points(group="cliplet.exporters", name="original")
+        found = original.load()(_job(chosen))
     except ImportError as error:
         raise _lacks(f"--runtime torch needs {error.name}") from error
-    teacher = load_teacher(chosen.spec)
-    module = teacher.snippets(chosen.vocabulary, chosen.aggregation)
-    runner = TorchRunner(module, SNIPPETS, chosen.settings.device, chosen.settings.threads)
-    return Tagger(chosen, runner, teacher.preprocessing)
+    runner = TorchRunner(
+        found.eager, chosen.contract, settings.device, settings.threads, precision=settings.precision
+    )
+    return Tagger(chosen, runner, found.preprocessing)
 
 
-def _exported(chosen: Plan) -> Bundle:
-    """The bundle of an open_clip model: from the cache, or made by the exporter that is installed."""
-    job = SnippetsJob(chosen.spec, chosen.vocabulary, chosen.aggregation, chosen.calibrated)
+def _job(chosen: Plan) -> BundleJob:
+    engine = (chosen.runtime, chosen.settings.precision)
+    return BundleJob(chosen.spec, chosen.vocabulary, chosen.aggregation, chosen.calibrated, (engine,))
+
+
+def exported_bundle(chosen: Plan) -> Bundle:
+    """The bundle of a model that is none: from the cache, or made by the exporter that is installed."""
+    job = _job(chosen)
     if job.cached_folder().exists():
         return Bundle.load(job.cached_folder())
-    log.info("exporting %s to ONNX and comparing it with the original; once, then it is cached", chosen.spec)
-    (exporter,) = entry_points(group="cliplet.exporters", name="onnx")
+    log.info("exporting %s and comparing it with the original; once, then it is cached", chosen.spec)
+    (exporter,) = entry_points(group="cliplet.exporters", name="bundle")
     try:
         export = exporter.load()
     except ImportError as error:
-        raise _lacks(f"{chosen.spec} has to be exported to ONNX first, which needs {error.name}") from error
+        raise _lacks(f"{chosen.spec} has to be exported first, which needs {error.name}") from error
     bundle: Bundle = export(job)
     log.info("kept as the bundle %s", bundle.folder)
     return bundle

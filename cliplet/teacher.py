@@ -6,7 +6,7 @@ Legend: C classes, D embedding, L text context, S side of the encoder's input.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from cliplet.snippets import Snippets
 from cliplet.views import Aggregation, Preprocessing
 from cliplet.vocabulary import Vocabulary
 
+SENTENCES = 256  # that the text tower is given at once
+
 
 class ImageTower(nn.Module):
-    """Unit features float [N, D] of normalised pixels float [N, 3, S, S]."""
+    """Features float [N, D] of normalised pixels float [N, 3, S, S]; what counts is their direction."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class ImageTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         pooled = self.visual(pixels)
         # CoCa's tower also returns its tokens.
-        return functional.normalize(pooled[0] if isinstance(pooled, tuple) else pooled, dim=-1)
+        return pooled[0] if isinstance(pooled, tuple) else pooled
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,12 @@ class Teacher:
 
     @torch.inference_mode()
     def text_matrix(self, vocabulary: Vocabulary) -> Tensor:
-        """Unit rows float32 [C, D]: for each class the normalised mean of its sentences' unit embeddings.
-
-        Raises:
-            DataError: a sentence does not fit into the text context.
-        """
-        rows = []
-        for name, sentences in zip(vocabulary.names, vocabulary.sentences(), strict=True):
-            tokens_NL = self._tokenize(name, sentences)
-            unit_ND = functional.normalize(self.clip.encode_text(tokens_NL).float(), dim=-1)
-            rows.append(functional.normalize(unit_ND.mean(dim=0), dim=-1))
-        return torch.stack(rows).clone()
+        """Unit rows float32 [C, D]; see `text_rows`."""
+        device = self.clip.logit_scale.device
+        encode = self.clip.encode_text
+        return text_rows(
+            vocabulary, self.tokenizer, self.context_length, lambda t: encode(t.to(device)).float()
+        )
 
     def snippets(self, vocabulary: Vocabulary, aggregation: Aggregation) -> Snippets:
         """The scoring module for one vocabulary, in evaluation mode."""
@@ -87,20 +84,49 @@ class Teacher:
         )
         return module.eval()
 
-    def _tokenize(self, name: str, sentences: list[str]) -> Tensor:
-        """Token ids int64 [N, L]; refuses what the tokenizer would cut off without a word."""
-        length = self.context_length
-        tokens = self.tokenizer(sentences, context_length=2 * length)
-        padding = self.tokenizer([""], context_length=2 * length)[0, -1]
-        too_long = (tokens[:, length:] != padding).any(dim=1)
-        if too_long.any():
-            sentence = sentences[int(too_long.int().argmax())]
-            raise DataError(
-                f"the prompt {sentence!r} of class {name!r} is longer than the text context",
-                f"at most {length} tokens, begin and end marks included",
-                "shorten the class name or its synonyms, or choose shorter --prompts",
-            )
-        return self.tokenizer(sentences, context_length=length).to(self.clip.logit_scale.device)
+
+def text_rows(
+    vocabulary: Vocabulary,
+    tokenizer: Callable[..., Tensor],
+    context_length: int,
+    encode: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Unit rows float32 [C, D]: for each class the normalised mean of its sentences' unit embeddings.
+
+    Args:
+        tokenizer: open_clip's.
+        context_length: tokens of a sentence, L.
+        encode: embeddings float [N, D], of any length, of tokens int64 [N, L].
+
+    Raises:
+        DataError: a sentence does not fit into the text context.
+    """
+    sentences = vocabulary.sentences()
+    named = [
+        (name, sentence) for name, own in zip(vocabulary.names, sentences, strict=True) for sentence in own
+    ]
+    parts = [named[i : i + SENTENCES] for i in range(0, len(named), SENTENCES)]
+    unit_ND = torch.cat(
+        [functional.normalize(encode(_tokens(part, tokenizer, context_length)), dim=-1) for part in parts]
+    )
+    means = [own_ND.mean(dim=0) for own_ND in unit_ND.split([len(own) for own in sentences])]
+    return functional.normalize(torch.stack(means), dim=-1).clone()
+
+
+def _tokens(named: Sequence[tuple[str, str]], tokenizer: Callable[..., Tensor], length: int) -> Tensor:
+    """Token ids int64 [N, L] of (class, sentence) pairs; refuses what the tokenizer would cut off without a word."""
+    sentences = [sentence for _, sentence in named]
+    tokens = tokenizer(sentences, context_length=2 * length)
+    padding = tokenizer([""], context_length=2 * length)[0, -1]
+    too_long = (tokens[:, length:] != padding).any(dim=1)
+    if too_long.any():
+        name, sentence = named[int(too_long.int().argmax())]
+        raise DataError(
+            f"the prompt {sentence!r} of class {name!r} is longer than the text context",
+            f"at most {length} tokens, begin and end marks included",
+            "shorten the class name or its synonyms, or choose shorter --prompts",
+        )
+    return tokenizer(sentences, context_length=length)
 
 
 def load_teacher(spec: ModelSpec, device: str = "cpu") -> Teacher:

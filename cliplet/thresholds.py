@@ -63,19 +63,29 @@ def thresholds_from_json(entry: Mapping[str, Any], names: Sequence[str], where: 
     return Thresholds(found, f"{min(found):.3g} to {max(found):.3g} by class, {_how(entry)}")
 
 
+def read_entries(file: Path) -> dict[str, Any]:
+    """What a file of thresholds holds: one entry, or one under the name of each way to look.
+
+    Raises:
+        ArtifactError: the file cannot be read, or is no JSON object.
+    """
+    expected, fix = "a file of thresholds: a JSON object", "cliplet calibrate MODEL writes one"
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {file}: {error}", expected, fix) from error
+    if not isinstance(entries, dict):
+        raise ArtifactError(f"{file} holds {json.dumps(entries)[:80]}", expected, fix)
+    return entries
+
+
 def read_thresholds(file: Path, names: Sequence[str]) -> Thresholds:
     """The thresholds of the classes `names` in a file with one entry.
 
     Raises:
-        ArtifactError: the file cannot be read, or see `thresholds_from_json`.
+        ArtifactError: see `read_entries` and `thresholds_from_json`.
     """
-    try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot read {file}: {error}", "a file of thresholds", "cliplet calibrate MODEL writes one"
-        ) from error
-    return thresholds_from_json(entry, names, str(file))
+    return thresholds_from_json(read_entries(file), names, str(file))
 
 
 def _how(entry: Mapping[str, Any]) -> str:

@@ -113,14 +113,19 @@ class Views:
         return np.asarray(rows, np.float32).reshape(-1, 4)
 
     def room(self, preprocessing: Preprocessing) -> dict[str, int]:
-        """How far images may be shrunk when they are decoded: `fit` and `short` of `cliplet.images.decode_image`.
+        """How far images may be shrunk when they are decoded: `fit`, `short` and `keep` of `decode_image`.
 
         The whole image keeps OVERSAMPLING pixels for each that the encoder sees. Cells of a grid keep as many
         only up to MAX_CANVAS: beyond it, memory and time would grow for details that a first look does without.
+        Images that are little larger stay as they are: to shrink them takes longer than to look at all of them.
         """
         finest = max(self.grids, default=1)
         fit = min(MAX_CANVAS, OVERSAMPLING * finest * preprocessing.size)
-        return {"fit": fit, "short": OVERSAMPLING * preprocessing.size}
+        return {
+            "fit": fit,
+            "short": OVERSAMPLING * preprocessing.size,
+            "keep": min(MAX_CANVAS, 3 * fit // 2),
+        }
 
 
 @dataclass(frozen=True)

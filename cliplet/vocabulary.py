@@ -148,6 +148,22 @@ class Vocabulary:
         return cls(classes, prompts, source)
 
 
+class NoClasses(Vocabulary):
+    """What a model that gives features, not labels, has in the place of a vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def __post_init__(self) -> None:
+        """Nothing to check."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"classes": []}
+
+
+NO_CLASSES = NoClasses()
+
+
 def prompt_set(name: str) -> PromptSet:
     """The prompt set called `name`, or one made of the template(s) written in it, separated by `|`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from towers import save_toy_tower
 
 from cliplet.classifier import (
     Classifier,
@@ -128,6 +130,27 @@ def test_a_saved_classifier_gives_the_same_outputs_to_the_bit(tmp_path: Path) ->
             assert wanted.equal(found)
 
 
+@pytest.mark.parametrize("kind", ["clip_vision_model", "mlcd_vision_model"])
+def test_a_vision_tower_needs_its_folder_no_more_once_it_is_saved(kind: str, tmp_path: Path) -> None:
+    tower = save_toy_tower(tmp_path / "tower", kind)
+    classifier = classifier_of(f"mlcd:{tower}")
+    logits, cam = classifier(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 3) and cam.shape == (2, 3, 8, 8)
+    save_classifier(tmp_path / "classifier", classifier)
+    shutil.rmtree(tower)
+    loaded = load_classifier(tmp_path / "classifier")
+    assert loaded.config == classifier.config
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        for wanted, found in zip(classifier(pixels), loaded(pixels), strict=True):
+            assert wanted.equal(found)
+
+
+def test_a_timm_trunk_is_described_as_before_there_were_towers(tmp_path: Path) -> None:
+    save_classifier(tmp_path, classifier_of())
+    assert sorted(classifier_details(tmp_path)["config"]) == ["boost", "preprocessing", "trunk"]
+
+
 def changed_weights(folder: Path) -> None:
     (file,) = folder.glob("*.safetensors")
     data = bytearray(file.read_bytes())
@@ -185,10 +208,23 @@ def test_what_cannot_be_a_classifier_is_refused(
         ClassifierConfig(trunk=trunk, boost=boost, preprocessing=FED)
 
 
+@pytest.mark.parametrize(("size", "said"), [(64, "there is no folder"), (60, "patches of 8")])
+def test_a_vision_tower_that_cannot_be_a_trunk_is_refused(size: int, said: str, tmp_path: Path) -> None:
+    if size != 64:
+        save_toy_tower(tmp_path / "tower")
+    with pytest.raises(UsageError, match=said):
+        classifier_of(f"mlcd:{tmp_path / 'tower'}", fed=Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD))
+
+
 def test_a_trunk_without_feature_maps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.create_model", lambda *_, **__: nn.Identity())
     with pytest.raises(UsageError, match="gives no feature maps"):
         classifier_of()
+
+
+def test_a_timm_trunk_has_no_vision_towers_configuration() -> None:
+    with pytest.raises(UsageError, match="'test_resnet' with the configuration of a vision tower"):
+        ClassifierConfig(trunk="test_resnet", boost=3.0, preprocessing=FED, tower={"patch_size": 8})
 
 
 def test_weights_are_not_touched_by_what_is_loaded(tmp_path: Path) -> None:

@@ -211,6 +211,12 @@ def test_the_longer_side_is_shrunk_to_fit(
     assert (picture.width, picture.height) == size
 
 
+def test_an_image_that_is_little_larger_is_kept() -> None:
+    kept, shrunk = (encoded(photo(side, 80), "JPEG") for side in (150, 151))
+    assert decode_image(kept, fit=100, keep=150).pixels.shape == (80, 150, 3)
+    assert decode_image(shrunk, fit=100, keep=150).pixels.shape == (53, 100, 3)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((400, 300), (133, 100)), ((400, 100), (400, 100)), ((2000, 50), (2000, 50)), ((9000, 90), (2048, 20))],

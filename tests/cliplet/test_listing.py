@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import cliplet.listing
+import cliplet.archives
 from cliplet.errors import DataError, UsageError
 from cliplet.images import ImageError, read_image
 from cliplet.listing import find_images
@@ -290,7 +290,7 @@ def test_links_in_archives() -> None:
 
 
 def test_many_threads_read_a_compressed_archive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cliplet.listing, "_INFLATED_WINDOW_BYTES", 1 << 21)
+    monkeypatch.setattr(cliplet.archives, "_INFLATED_WINDOW_BYTES", 1 << 21)
     with tarfile.open("t.tgz", "w:gz") as tar:
         for n in range(60):
             info = tarfile.TarInfo(f"{n}.jpg")

@@ -19,6 +19,8 @@ from cliplet.metrics import (
     class_quality,
     co_occurrence,
     confusion,
+    eleven_point_average_precision,
+    eleven_point_average_precisions,
     mean_average_precision,
     micro_f1,
     overall_quality,
@@ -39,6 +41,42 @@ from cliplet.metrics import (
 )
 def test_average_precision(scores: list[float], truth: list[int], expected: float) -> None:
     assert average_precision(np.array(scores), np.array(truth, bool)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        (
+            [1, 0, 1, 0],
+            (6 * 1 + 5 * (2 / 3)) / 11,
+        ),  # recall 1/2 reaches 0 … 0.5 with precision 1, the rest with 2/3
+        ([0, 1, 0, 1, 1], 11 * (3 / 5) / 11),  # precision 1/2, 2/4, 3/5: the last is highest at every recall
+        ([1, 1], 1.0),
+        ([0, 1], 0.5),
+        ([0, 0], 0.0),
+        # Recall 3/10 counts at 0.3, which a threshold of 3 * 0.1 in floats would miss.
+        ([1, 1, 1, *[0] * 7, *[1] * 7], (4 * 1 + 7 * (10 / 17)) / 11),
+    ],
+)
+def test_eleven_points_by_hand(truth: list[int], expected: float) -> None:
+    scores = -np.arange(len(truth), dtype=float)
+    found = eleven_point_average_precision(scores, np.array(truth, bool))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=40))
+def test_eleven_points_by_counting(rows: list[tuple[int, bool]]) -> None:
+    """Written with whole numbers: every threshold tags some images, and each of 11 recalls takes its best."""
+    positives = sum(true for _, true in rows)
+    best = [0.0] * 11
+    for threshold in range(9):
+        tagged = [true for score, true in rows if score >= threshold]
+        for point in range(11):
+            if tagged and positives and 10 * sum(tagged) >= point * positives:
+                best[point] = max(best[point], sum(tagged) / len(tagged))
+    scores, truth = zip(*rows, strict=True)
+    given_ = np.array(scores, float)[:, None], np.array(truth, bool)[:, None]
+    assert eleven_point_average_precisions(*given_)[0] == pytest.approx(sum(best) / 11)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30), st.randoms())

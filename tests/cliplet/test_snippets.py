@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import open_clip
 import pytest
@@ -98,6 +101,14 @@ def test_the_whole_image_is_seen_as_open_clip_shows_it(
     assert float((ours * theirs).sum()) >= least
 
 
+def test_a_box_that_is_longer_than_its_canvas_gives_nan_and_never_a_wrong_view() -> None:
+    image = torch.full((1, 32, 64, 3), 100, dtype=torch.uint8)
+    boxes = torch.tensor([[[0.0, 0, 64, 32], [0, 0, 64, 40], [-20, 0, 64, 32]]])
+    whole, high, wide = cut_views(image, boxes, 16, "bicubic")[0]
+    assert torch.allclose(whole, torch.tensor(100.0))
+    assert high.isnan().all() and wide.isnan().all()
+
+
 def test_scores_do_not_depend_on_the_company_in_a_batch(toy_clip: object) -> None:
     teacher = load_teacher(parse_model_spec(f"open_clip:local-dir:{toy_clip}"))
     module = teacher.snippets(read_vocabulary("cat,dog,bird"), Aggregation())
@@ -111,3 +122,30 @@ def test_scores_do_not_depend_on_the_company_in_a_batch(toy_clip: object) -> Non
 
     together, alone = scores(pictures), scores(pictures[:1])
     assert together[0].tolist() == pytest.approx(alone[0].tolist(), abs=1e-6)
+
+
+MEMORY = """
+import sys, torch
+from cliplet.machine import peak_memory_bytes
+from cliplet.snippets import cut_views
+
+images = int(sys.argv[1])
+torch.set_num_threads(1)
+image = torch.zeros(images, 640, 640, 3, dtype=torch.uint8)
+boxes = torch.tensor([0.0, 0, 640, 640]).repeat(images, 30, 1)
+with torch.inference_mode():
+    cut_views(image, boxes, 112, "bicubic")
+print(peak_memory_bytes())
+"""
+
+
+def test_memory_does_not_grow_with_the_batch() -> None:
+    """Beside images and views themselves, only what one image needs is there, whatever the size of the batch."""
+
+    def peak(images: int) -> int:
+        command = [sys.executable, "-c", MEMORY, str(images)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    per_image = 640 * 640 * 3 + 30 * 3 * 112 * 112 * 4
+    # Freed memory that the allocator keeps counts too; with all images at once it would be twenty times as much.
+    assert peak(12) - peak(2) <= 4 * 10 * per_image

@@ -36,6 +36,22 @@ def test_the_text_matrix_is_the_mean_of_unit_sentences(toy_clip: Path, tmp_path:
     assert rows.norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
+def test_many_classes_are_encoded_together(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(parse_model_spec(f"open_clip:local-dir:{toy_clip}"))
+    names = [f"thing {n}" for n in range(20)]
+    together = teacher.text_matrix(read_vocabulary(",".join(names), prompts=prompt_set("ensemble7")))
+    # 140 sentences in parts of nine, which end in the middle of a class.
+    monkeypatch.setattr("cliplet.teacher.SENTENCES", 9)
+    calls = []
+    encode = teacher.clip.encode_text
+    monkeypatch.setattr(
+        teacher.clip, "encode_text", lambda tokens: calls.append(len(tokens)) or encode(tokens)
+    )
+    apart = teacher.text_matrix(read_vocabulary(",".join(names), prompts=prompt_set("ensemble7")))
+    assert calls == [9] * 15 + [5]
+    torch.testing.assert_close(apart, together, atol=1e-6, rtol=0)
+
+
 def test_the_scale_multiplies(toy_clip: Path) -> None:
     """CLIP's learned number is a logarithm: the scale is its exponential, near 14 when untrained, not 2.66."""
     assert teacher(toy_clip).scale == pytest.approx(1 / 0.07, rel=1e-4)
@@ -105,7 +121,7 @@ def test_a_folder_without_weights_or_manifest(toy_clip: Path, tmp_path: Path) ->
     shutil.copy(toy_clip / "open_clip_config.json", tmp_path)
     with pytest.raises(DataError, match="holds no weights"):
         parse_model_spec(f"open_clip:local-dir:{tmp_path}")
-    with pytest.raises(DataError, match="is no bundle"):
+    with pytest.raises(DataError, match="is neither a bundle nor a classifier"):
         parse_model_spec(str(tmp_path))
 
 

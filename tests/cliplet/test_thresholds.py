@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cliplet.errors import ArtifactError
-from cliplet.thresholds import Thresholds, read_thresholds, thresholds_from_json
+from cliplet.thresholds import Thresholds, read_entries, read_thresholds, thresholds_from_json
 
 NAMES = ("cat", "Dog")
 
@@ -40,7 +40,7 @@ def test_an_entry(entry: dict[str, object], values: tuple[float, ...], source: s
         ({"value": "0.3"}, '"0.3" for a threshold'),
         ({"value": float("nan")}, "NaN for a threshold"),
         ({"how": "?"}, "null for a threshold"),
-        ([0.1, 0.2], "null for a threshold"),
+        ({}, "null for a threshold"),
     ],
 )
 def test_what_is_no_entry(entry: object, message: str, tmp_path: Path) -> None:
@@ -57,3 +57,20 @@ def test_a_file_that_cannot_be_read(content: str | None, tmp_path: Path) -> None
         file.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ArtifactError, match="cannot read .*thresholds.json"):
         read_thresholds(file, NAMES)
+
+
+@pytest.mark.parametrize("content", ["[0.1, 0.2]", "0.3", "null", '"cat"'])
+def test_a_file_that_holds_no_entries(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "thresholds.json"
+    file.write_text(content)
+    for read in (read_entries, lambda path: read_thresholds(path, NAMES)):
+        with pytest.raises(ArtifactError, match="thresholds.json holds") as caught:
+            read(file)
+        assert content in caught.value.happened
+        assert caught.value.fix == "cliplet calibrate MODEL writes one"
+
+
+def test_entries_by_view_are_read_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "thresholds.json"
+    file.write_text(json.dumps({"1": {"value": 0.1}, "1+2x2": {"value": 0.2}}))
+    assert read_entries(file) == {"1": {"value": 0.1}, "1+2x2": {"value": 0.2}}

@@ -113,7 +113,11 @@ def test_an_empty_box_is_refused(box: list[int]) -> None:
 def test_the_canvas_has_room_for_the_smallest_view_and_an_end() -> None:
     small = preprocessing(64)
     assert Views.parse("1").room(small)["fit"] < Views.parse("1+2x2").room(small)["fit"] <= MAX_CANVAS
-    assert Views.parse("1+4x4").room(preprocessing(224)) == {"fit": MAX_CANVAS, "short": 448}
+    assert Views.parse("1+4x4").room(preprocessing(224)) == {
+        "fit": MAX_CANVAS,
+        "short": 448,
+        "keep": MAX_CANVAS,
+    }
 
 
 def test_unknown_preprocessing_and_aggregation_are_refused() -> None:
