@@ -1,33 +1,44 @@
-"""The exported graph against the module it was traced from, at sizes that it was not traced with."""
+"""Traced graphs: the contract's names and axes, the encoder's borders, and the vocabulary as one initializer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from helpers import picture
+from traced import write_graph
 
-from cliplet.artifact import MODEL_FILE, Bundle, SnippetsJob, cache_folder
-from cliplet.contract import SNIPPETS, TEXT_INITIALIZER
-from cliplet.errors import DataError, EnvironmentError_, ParityError
+from cliplet.artifact import BundleJob
+from cliplet.contract import FEATURES, PIXELS, SNIPPETS, TEXT_INITIALIZER
+from cliplet.errors import DataError
 from cliplet.export import onnx_graph
-from cliplet.export.onnx_graph import export_snippets
+from cliplet.export.onnx_graph import metadata, set_metadata, set_vocabulary, trace
+from cliplet.export.originals import Original, load_original
 from cliplet.model_spec import parse_model_spec
 from cliplet.runners.onnx_runner import OnnxRunner
+from cliplet.runners.openvino_runner import OpenVinoRunner
 from cliplet.runners.torch_runner import TorchRunner
-from cliplet.teacher import load_teacher
-from cliplet.views import Aggregation, Views, place_on_canvas
+from cliplet.snippets import Snippets, cut_views
+from cliplet.views import Aggregation, Preprocessing, Views, place_on_canvas
 from cliplet.vocabulary import read_vocabulary
 
 CLASSES = "cat,dog,bird"
 
 
-def job(folder: Path, classes: str = CLASSES, aggregation: Aggregation | None = None) -> SnippetsJob:
+def original(folder: Path, aggregation: Aggregation | None = None, classes: str = CLASSES) -> Original:
     spec = parse_model_spec(f"open_clip:local-dir:{folder}")
-    return SnippetsJob(spec, read_vocabulary(classes), aggregation or Aggregation(), {})
+    return load_original(BundleJob(spec, read_vocabulary(classes), aggregation or Aggregation(), {}))
+
+
+@pytest.fixture(scope="module")
+def traced(toy_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("graph") / "traced.onnx"
+    toy = original(toy_clip)
+    trace(toy.traced, SNIPPETS, toy.example, file)
+    return file
 
 
 @pytest.mark.parametrize(
@@ -35,34 +46,25 @@ def job(folder: Path, classes: str = CLASSES, aggregation: Aggregation | None = 
 )
 @pytest.mark.parametrize("model", ["toy_clip", "toy_siglip"])
 def test_the_graph_agrees_with_the_module(
-    model: str, aggregation: Aggregation, request: pytest.FixtureRequest
+    model: str, aggregation: Aggregation, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    chosen = job(request.getfixturevalue(model), aggregation=aggregation)
-    bundle = export_snippets(chosen)
-    module = load_teacher(chosen.spec).snippets(chosen.vocabulary, aggregation)
-    with TorchRunner(module, SNIPPETS) as eager, OnnxRunner(bundle.folder / MODEL_FILE, SNIPPETS) as exported:
+    toy = original(request.getfixturevalue(model), aggregation)
+    trace(toy.traced, SNIPPETS, toy.example, tmp_path / "traced.onnx")
+    assert toy.text_CD is not None
+    set_vocabulary(tmp_path / "traced.onnx", tmp_path / "model.onnx", toy.text_CD.numpy())
+    with TorchRunner(toy.eager, SNIPPETS) as eager, OnnxRunner(tmp_path / "model.onnx", SNIPPETS) as exported:
         for count, views in ((1, "1"), (3, "1+3x3"), (7, "1+2x2"), (32, "1")):
             pictures = [picture(40 + 9 * i, 200 - 5 * i, i) for i in range(count)]
-            feeds = place_on_canvas(pictures, Views.parse(views), bundle.manifest.preprocessing)
+            feeds = place_on_canvas(pictures, Views.parse(views), toy.preprocessing)
             wanted, found = eager.infer(feeds), exported.infer(feeds)
             for name, values in wanted.items():
                 assert values.std() > 1e-3, "a comparison of constants would prove nothing"
                 np.testing.assert_allclose(found[name], values, atol=1e-4)
 
 
-def test_the_vocabulary_is_exchanged_without_tracing(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_snippets(job(toy_clip))
-    monkeypatch.setattr(onnx_graph, "trace", lambda *_: pytest.fail("traced again"))
-    bundle = export_snippets(job(toy_clip, "sheep,cow,horse,train,sofa"))
-    model = onnx.load(bundle.folder / MODEL_FILE)
-    (text,) = [t for t in model.graph.initializer if t.name == TEXT_INITIALIZER]
-    assert list(text.dims) == [5, 32]
-    metadata = {p.key: p.value for p in model.metadata_props}
-    assert json.loads(metadata["cliplet.classes"]) == ["sheep", "cow", "horse", "train", "sofa"]
-
-
-def test_names_and_dynamic_axes_are_the_contract(toy_clip: Path) -> None:
-    graph = onnx.load(export_snippets(job(toy_clip)).folder / MODEL_FILE).graph
+def test_names_and_dynamic_axes_are_the_contract(traced: Path, tmp_path: Path) -> None:
+    set_vocabulary(traced, tmp_path / "model.onnx", np.eye(3, 32, dtype=np.float32))
+    graph = onnx.load(tmp_path / "model.onnx").graph
     for tensor, value in zip(
         (*SNIPPETS.inputs, *SNIPPETS.outputs), (*graph.input, *graph.output), strict=True
     ):
@@ -70,55 +72,119 @@ def test_names_and_dynamic_axes_are_the_contract(toy_clip: Path) -> None:
         assert (value.name, dims) == (tensor.name, [3 if axis == "C" else axis for axis in tensor.axes])
 
 
-def test_a_bundle_comes_from_the_cache(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = export_snippets(job(toy_clip))
-    monkeypatch.setattr(onnx_graph, "load_teacher", lambda *_: pytest.fail("loaded again"))
-    assert export_snippets(job(toy_clip)) == first
+def test_the_encoder_lies_between_two_named_tensors(traced: Path) -> None:
+    nodes = onnx.load(traced).graph.node
+    (producer,) = [n for n in nodes if FEATURES in n.output]
+    below, reached = {PIXELS}, False
+    for node in nodes:
+        if below & set(node.input):
+            below |= set(node.output)
+            reached = reached or node is producer
+    assert reached
+    assert any(PIXELS in n.output for n in nodes)
+    assert {n.op_type for n in nodes if not below & set(n.input)} >= {"Scan"}
 
 
-def test_weights_that_do_not_fit_into_one_file(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_says_nothing_of_the_machine_that_traced_it(traced: Path) -> None:
+    data = traced.read_bytes()
+    assert b"/snippets.py" not in data
+    assert b"stack_trace" not in data
+
+
+def test_views_are_cut_one_image_after_another(traced: Path) -> None:
+    """However many images a batch has, only one image's half-done views are in memory: the loop is in the graph."""
+    (scan,) = [n for n in onnx.load(traced).graph.node if n.op_type == "Scan"]
+    (body,) = [a.g for a in scan.attribute if a.name == "body"]
+    assert [n.op_type for n in body.node].count("MatMul") == 2
+
+
+def test_a_vocabulary_may_be_exchanged_again_and_again(traced: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "3.onnx", tmp_path / "5.onnx"
+    set_vocabulary(traced, first, np.eye(3, 32, dtype=np.float32))
+    rows = np.linspace(-1, 1, 5 * 32, dtype=np.float32).reshape(5, 32)
+    set_vocabulary(first, second, rows)
+    (text,) = [t for t in onnx.load(second).graph.initializer if t.name == TEXT_INITIALIZER]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(text), rows)
+    with OnnxRunner(second, SNIPPETS) as runner:
+        feeds = {
+            "image": np.zeros((1, 32, 32, 3), np.uint8),
+            "boxes": np.array([[[0, 0, 32, 32]]], np.float32),
+        }
+        assert runner.infer(feeds)["scores"].shape == (1, 5)
+
+
+def test_weights_that_do_not_fit_into_one_file(
+    traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnx_graph, "LARGEST_INLINE_BYTES", 1000)
-    monkeypatch.setenv("CLIPLET_CACHE", str(cache_folder() / "large"))
-    bundle = export_snippets(job(toy_clip))
-    assert set(bundle.manifest.files) == {MODEL_FILE, f"{MODEL_FILE}.data"}
-    assert (bundle.folder / MODEL_FILE).stat().st_size < (bundle.folder / f"{MODEL_FILE}.data").stat().st_size
+    target = tmp_path / "model.onnx"
+    for _ in range(2):
+        set_vocabulary(traced, target, np.eye(3, 32, dtype=np.float32))
+        set_metadata(target, {"cliplet.note": "weights lie beside"})
+    assert target.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size < 2 * traced.stat().st_size
+    with OnnxRunner(target, SNIPPETS) as runner:
+        assert runner.precision == "fp32"
 
 
-def test_a_damaged_trace_is_made_again(
-    toy_clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_metadata_is_added_to_what_is_there(traced: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    set_vocabulary(traced, target, np.eye(3, 32, dtype=np.float32))
+    set_metadata(target, {"cliplet.a": "1"})
+    set_metadata(target, {"cliplet.b": "ä"})
+    assert metadata(target).items() >= {"cliplet.a": "1", "cliplet.b": "ä"}.items()
+
+
+def test_what_onnx_has_no_operator_for_is_named(tmp_path: Path, toy_clip: Path) -> None:
+    class Odd(torch.nn.Module):
+        def forward(
+            self, image: torch.Tensor, boxes: torch.Tensor, text: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            odd = torch.special.bessel_j0(boxes.sum()) + image.sum() + text.sum()
+            return odd, odd, odd, odd
+
+    toy = original(toy_clip)
+    with pytest.raises(DataError, match="cannot be traced to ONNX.*bessel_j0") as caught:
+        trace(Odd(), SNIPPETS, toy.example, tmp_path / "odd.onnx")
+    assert "--runtime torch" in caught.value.fix
+    assert not (tmp_path / "odd.onnx").exists()
+
+
+class Shrunk(torch.nn.Module):
+    """An encoder whose features are the mean colours of the view's parts: all that this test needs."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels, 56).flatten(1)
+
+
+@pytest.fixture(scope="module", params=[("bicubic", 224), ("bilinear", 280)], ids=str)
+def resizing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Preprocessing]:
+    interpolation, size = request.param
+    fed = Preprocessing(size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), interpolation, "squash")
+    width = 3 * (size // 56) ** 2
+    module = Snippets(Shrunk(), torch.eye(3, width), 10.0, None, fed, Aggregation()).eval()
+    file = tmp_path_factory.mktemp("resizing") / "model.onnx"
+    write_graph(module, file)
+    return file, fed
+
+
+@pytest.mark.parametrize("runner", [OnnxRunner, OpenVinoRunner])
+def test_engines_resize_as_torch_does_on_canvases_of_any_size(
+    resizing: tuple[Path, Preprocessing], runner: type[OnnxRunner] | type[OpenVinoRunner]
 ) -> None:
-    monkeypatch.setenv("CLIPLET_CACHE", str(tmp_path))
-    export_snippets(job(toy_clip))
-    (trace,) = (tmp_path / "graphs").glob("*/model.onnx")
-    trace.write_bytes(trace.read_bytes()[:1000])
-    assert export_snippets(job(toy_clip, "sheep,cow")).manifest.vocabulary.names == ("sheep", "cow")
-    assert trace.stat().st_size > 1000
-
-
-def test_what_differs_is_not_kept(toy_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "TOLERANCE_FP32", 0.0)
-    wrong = job(toy_clip, "a class,that fails")
-    with pytest.raises(ParityError, match="differs from the eager module") as caught:
-        export_snippets(wrong)
-    assert caught.value.exit_code == 3
-    assert not wrong.cached_folder().exists()
-    assert not list(wrong.cached_folder().parent.glob(".*"))
-
-
-def test_a_cache_that_cannot_be_written(
-    toy_clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CLIPLET_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EnvironmentError_, match="CLIPLET_CACHE"):
-        export_snippets(job(toy_clip))
-
-
-def test_the_runner_refuses_what_does_not_fit(toy_clip: Path) -> None:
-    bundle: Bundle = export_snippets(job(toy_clip))
-    with OnnxRunner(bundle.folder / MODEL_FILE, SNIPPETS) as runner:
-        with pytest.raises(DataError, match="is float32"):
-            runner.infer(
-                {"image": np.zeros((1, 32, 32, 3), np.float32), "boxes": np.zeros((1, 1, 4), np.float32)}
+    """Canvases smaller than the encoder's input too, where integers are divided that ONNX rounds otherwise."""
+    file, fed = resizing
+    steps = np.random.default_rng(0)
+    with runner(file, SNIPPETS, threads=1, observe=(PIXELS,)) as engine:
+        for height, width in [(32, 32), (32, 640), (96, 64), (160, 192), (224, 224), (288, 416), (640, 448)]:
+            image = steps.integers(0, 256, (1, height, width, 3), np.uint8)
+            boxes = np.asarray([[[0, 0, width, height], [1.5, 2.5, width / 3, height / 2]]], np.float32)
+            pixels = engine.infer({"image": image, "boxes": boxes})[PIXELS]
+            wanted = cut_views(torch.from_numpy(image), torch.from_numpy(boxes), fed.size, fed.interpolation)
+            shown = pixels.reshape(wanted.shape[1:]) * np.reshape(fed.std, (3, 1, 1)) + np.reshape(
+                fed.mean, (3, 1, 1)
             )
-    assert cache_folder() in bundle.folder.parents
+            np.testing.assert_allclose(
+                255 * shown, wanted[0].numpy(), atol=0.05, err_msg=f"{height} x {width}"
+            )
