@@ -16,8 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from cliplet.errors import INTERRUPTED
+from cliplet.plan import DEVICES, PRECISIONS, RUNTIMES
+from cliplet.server_address import SHARED_MEMORY, ConnectionSettings
+
+from .label_extras import (
+    extra_options,
+    label_with_extras,
+    plan_extras,
+    take_extras,
+    tell_partition,
+    tell_written,
+    written_facts,
+)
 
 if TYPE_CHECKING:
+    from cliplet.label_writers import Written
+
     from .demo import DemoResult
     from .label import DryRun, LabelJob, LabelResult
 
@@ -30,15 +44,16 @@ MOST_REASONS = 8
 def tagger_options(command: C) -> C:
     """The options that name a model and how it looks; the same for every verb that scores images."""
     options = [
-        click.option("--model", default="tiny", show_default=True, help="tiny, open_clip:ARCH/PRETRAINED, open_clip:ARCH/PATH, or a bundle's folder."),
+        click.option("--model", default="tiny", show_default=True, help="tiny, open_clip:ARCH/PRETRAINED, open_clip:ARCH/PATH, the folder of a bundle or a classifier, or triton://HOST:PORT/NAME of a server."),
         click.option("--classes", help="Class file (one `name: synonym, synonym` a line), or names separated by commas. Default: the model's own."),
         click.option("--prompts", help="Prompt set (photo, ensemble7, ccd, plain), or templates with {} separated by |."),
-        click.option("--views", default="1+3x3", show_default=True, help="Where to look: 1, 1+2x2, 1+3x3, 1+2x2+3x3+4x4, …"),
-        click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), help="How the views' probabilities become one score. Default: cdul, or the bundle's."),
-        click.option("--zeta", type=float, help="cdul: local maximum where it reaches this, local minimum elsewhere. Default: 0."),
+        click.option("--views", help="Where to look: 1, 1+2x2, 1+3x3, 1+2x2+3x3+4x4, … Default: 1+3x3, or 1 for a classifier."),
+        click.option("--aggregate", type=click.Choice(["cdul", "max", "mean"]), help="How the views' probabilities become one score. Default: cdul, or the bundle's. Not for a classifier."),
+        click.option("--zeta", type=float, help="cdul: local maximum where it reaches this, local minimum elsewhere. Default: 0. Not for a classifier."),
         click.option("--threshold", type=float, help="Score from which on a class is a label. Default: the model's own."),
-        click.option("--runtime", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help="onnxruntime, or eager torch: the reference."),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Refused, never replaced, if it cannot be used."),
+        click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True, help="auto: the fastest that is installed and, for a bundle, in it. torch: the eager reference."),
+        click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the encoder. Refused, never replaced, if it cannot be had."),
+        click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Refused, never replaced, if it cannot be used."),
         click.option("--threads", type=int, default=0, help="Threads of the engine (0: one a core)."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -46,12 +61,45 @@ def tagger_options(command: C) -> C:
     return command
 
 
+def connection_options(command: C) -> C:
+    """The options that say how to talk to the server of a model `triton://…`: the fields of `ConnectionSettings`."""
+    options = [
+        click.option("--token", envvar="CLIPLET_TOKEN", help="Of the server. Better given as $CLIPLET_TOKEN: others see command lines."),
+        click.option("--ca", type=click.Path(path_type=Path), envvar="CLIPLET_CA", help="Certificates (PEM) that the server's own is signed by. Default: the system's."),
+        click.option("--deadline", type=float, help="Seconds that a server has for an answer. Default: 60."),
+        click.option("--retries", type=int, help="Further tries after a failure that may pass. Default: 4."),
+        click.option("--wait-for-server", type=float, default=300.0, show_default=True, help="Seconds to wait for a server that has gone away in the middle of the work."),
+        click.option("--in-flight", type=int, help="Most requests at a time. Default: 8."),
+        click.option("--shared-memory", type=click.Choice(SHARED_MEMORY), help="Tensors go to a server on this machine through memory that both see. Default: auto, where that is possible."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_connection(options: dict[str, Any]) -> ConnectionSettings:
+    """What the connection options ask for; they are taken out of `options`."""
+    names = {"deadline": "deadline_s", "wait_for_server": "wait_s"}
+    flags = ("token", "ca", "deadline", "retries", "wait_for_server", "in_flight", "shared_memory")
+    given = {names.get(flag, flag): options.pop(flag) for flag in flags}
+    return ConnectionSettings(**{name: value for name, value in given.items() if value is not None})
+
+
 @click.command()
 @click.argument("sources", nargs=-1, required=True)
 @tagger_options
+@connection_options
+@extra_options
 @click.option("--out", type=click.Path(path_type=Path), default=Path("labels"), show_default=True)
 @click.option("--batch-size", type=int, default=0, help="Images in a batch (0: by the number of views).")
 @click.option("--workers", type=int, default=0, help="Threads that decode (0: one a core).")
+@click.option(
+    "--streams",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Batches at a time in an engine on the CPU. `cliplet bench --streams 1,2` tells whether more help.",
+)
 @click.option("--limit", type=int, help="Label only the first so many inputs.")
 @click.option(
     "--max-pixels", type=int, default=178_956_970, show_default=True, help="Larger images are errors."
@@ -65,7 +113,7 @@ def tagger_options(command: C) -> C:
 )
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> int:
-    """Label the images in SOURCES: folders, globs, files, text lists (*.txt) and tar shards.
+    """Label the images in SOURCES: folders, globs, files, text lists (*.txt), tar shards, or URLs of these.
 
     Every input ends in one row of OUT/labels/part-*.parquet or one row of OUT/errors.parquet. The same command
     continues a run that was stopped or killed.
@@ -75,15 +123,22 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
     from . import label as labelling
 
     names = {f.name for f in fields(TaggerSettings)}
-    settings = TaggerSettings(**{k: v for k, v in options.items() if k in names})
+    connection = take_connection(options)
+    extras = take_extras(options)
+    settings = TaggerSettings(**{k: v for k, v in options.items() if k in names}, connection=connection)
     job = labelling.LabelJob(
         sources=sources, tagger=settings, **{k: v for k, v in options.items() if k not in names}
     )
     if dry_run:
-        _tell_dry_run(labelling.dry_run(job), as_json)
+        _tell_dry_run(plan_extras(job, extras), as_json)
         return 0
-    result = labelling.label(job)
-    _tell_result(job, result, as_json)
+    divided, written = label_with_extras(job, extras)
+    result = divided.whole
+    if result is None:
+        assert extras.division is not None and divided.own is not None
+        tell_partition(job, extras.division, divided, as_json)
+        return INTERRUPTED if divided.own.interrupted else 0
+    _tell_result(job, result, as_json, written)
     if result.interrupted:
         return INTERRUPTED
     labelling.hold_objective(job, result)
@@ -160,6 +215,8 @@ def _tell_dry_run(run: DryRun, as_json: bool) -> None:
         "views": str(run.plan.views),
         "threshold": _span(run.plan.thresholds),
         "threshold_source": run.plan.threshold_source,
+        "runtime": run.plan.runtime,
+        "precision": run.plan.settings.precision,
         "images_per_batch": run.images_per_batch,
     }
     if as_json:
@@ -178,14 +235,16 @@ def _span(values: Sequence[float]) -> float | str:
     return low if low == high else f"{low:.3g} to {high:.3g}"
 
 
-def _tell_result(job: LabelJob, result: LabelResult, as_json: bool) -> None:
+def _tell_result(job: LabelJob, result: LabelResult, as_json: bool, written: Sequence[Written] = ()) -> None:
     from .summary import summarise
 
     if job.quiet and not as_json:
         return
     summary = summarise(job.out)
     if as_json:
-        facts = {"result": vars(result), "summary": vars(summary), "out": str(job.out)}
+        facts: dict[str, Any] = {"result": vars(result), "summary": vars(summary), "out": str(job.out)}
+        if written:
+            facts["written"] = written_facts(written)
         click.echo(json.dumps(facts, indent=2))
         return
     say = click.echo
@@ -211,8 +270,9 @@ def _tell_result(job: LabelJob, result: LabelResult, as_json: bool) -> None:
             say(f"  --threshold {int(threshold * 1e4) / 1e4} --overwrite would tag {share:.0%} of them")
     for reason, number in list(summary.errors.items())[:MOST_REASONS]:
         say(f"  {number:,} x {reason}")
-    files = [f for f in job.out.rglob("*.parquet") if f.is_file()]
+    files = [*job.out.glob("labels/*.parquet"), *job.out.glob("errors.parquet")]
     say(f"wrote {job.out} ({sum(f.stat().st_size for f in files) / 1e6:.2f} MB in {len(files)} tables)")
+    tell_written(written)
     if result.interrupted:
         say("next: the same command continues")
     else:

@@ -28,13 +28,15 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
+from cliplet.archives import archive_of
 from cliplet.errors import ClipletError, DataError, UsageError, explained_os_errors
 from cliplet.images import ImageError, ImageRef, decode_image, find_images, read_image
 from cliplet.labels import ErrorRecord, LabelRecord, read_errors, read_labels, read_run
+from cliplet.listing import system_name
 from cliplet.machine import usable_cores
+from cliplet.remote_files import located
 
 T = TypeVar("T")
-_ARCHIVE_MEMBER = re.compile(r"(.*?\.(?:tar|tar\.gz|tgz))::.", re.IGNORECASE | re.DOTALL)
 TEMPLATE = Path(__file__).with_name("gallery.html")
 # Where the template lets the data in. What follows the second mark closes the page.
 DATA_MARK = "<!-- cliplet: data -->"
@@ -115,7 +117,7 @@ def write_gallery(labels: Path, out: Path, options: GalleryOptions | None = None
     data = _page_data(selection, classes, thresholds, options.title or labels.resolve().name)
     data |= _truth_data(selection.rows, classes, options.truth)
     head, tail = _page(data)
-    paths = [os.path.join(str(run.get("cwd", "")), row.path) for row in selection.rows]
+    paths = [located(str(run.get("cwd", "")), row.path) for row in selection.rows]
     thumbnails = _thumbnails(paths, options)
 
     temporary = out.with_name(out.name + ".tmp")
@@ -300,7 +302,7 @@ def _thumbnails(paths: Sequence[str], options: GalleryOptions) -> Iterator[list[
     workers = options.workers or usable_cores()
 
     def thumbnail(path: str) -> bytes | str:
-        source = members.get(path) or ImageRef(path, _file_name(path))
+        source = members.get(path) or ImageRef(path, system_name(path))
         return source if isinstance(source, str) else _thumbnail(source, options.thumb)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="thumbnail") as pool:
@@ -312,27 +314,19 @@ def _archive_members(paths: Sequence[str]) -> dict[str, ImageRef | str]:
     """Where those of the images that lie in archives are, or the reason why they cannot be had."""
     wanted: dict[str, list[str]] = {}
     for path in paths:
-        match = _ARCHIVE_MEMBER.match(path)
-        if match and not os.path.lexists(path):
-            wanted.setdefault(match[1], []).append(path)
+        archive = archive_of(path)
+        if archive and not os.path.lexists(path):
+            wanted.setdefault(archive, []).append(path)
     found: dict[str, ImageRef | str] = {}
     for archive, members in wanted.items():
         reason = "not in the archive any more"
         there: dict[str, ImageRef] = {}
         try:
-            there = {ref.path: ref for ref in find_images([_file_name(archive)]).images}
+            there = {ref.path: ref for ref in find_images([system_name(archive)]).images}
         except ClipletError as error:
             reason = error.happened
         found |= {path: there.get(path, reason) for path in members}
     return found
-
-
-def _file_name(path: str) -> str:
-    """The name of a file as the system has it: rows write bytes that are not UTF-8 as `\\xff`."""
-    if os.path.lexists(path):
-        return path
-    restored = re.sub(rb"\\x([89a-f][0-9a-f])", lambda m: bytes.fromhex(m[1].decode()), os.fsencode(path))
-    return os.fsdecode(restored) if os.path.lexists(restored) else path
 
 
 def _thumbnail(ref: ImageRef, side: int) -> bytes | str:

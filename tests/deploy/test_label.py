@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -21,10 +22,11 @@ from PIL import Image
 
 import cliplet
 from cliplet.deploy import label as labelling
-from cliplet.errors import EnvironmentError_, UsageError
+from cliplet.errors import ClipletError, EnvironmentError_, ServerError, UsageError
 from cliplet.labels import LabelStore, read_errors, read_labels, read_run
-from cliplet.plan import TaggerSettings
+from cliplet.plan import TaggerSettings, usable_runtimes
 from cliplet.tagger import Tagger
+from cliplet.triton_errors import DeadlineExpired, ModelFailed
 
 CLASSES = "cat,dog,bird,person"
 
@@ -49,8 +51,8 @@ def options(model: str, tmp_path: Path) -> list[str]:
     ]
 
 
-def job(model: str, source: Path, out: Path, **fields: Any) -> labelling.LabelJob:
-    settings = TaggerSettings(model=model, classes=CLASSES, views="1+2x2")
+def job(model: str, source: Path, out: Path, runtime: str = "auto", **fields: Any) -> labelling.LabelJob:
+    settings = TaggerSettings(model=model, classes=CLASSES, views="1+2x2", runtime=runtime)
     return labelling.LabelJob(sources=(str(source),), out=out, tagger=settings, quiet=True, **fields)
 
 
@@ -87,6 +89,36 @@ def test_the_api_gives_the_same_scores(model: str, photos: Path, tmp_path: Path)
         for path, row in list(rows(tmp_path / "out").items())[:5]:
             (record,) = tagger.label([path])
             assert (record.width, record.height, record.labels, record.scores.tobytes(), record.model) == row
+
+
+def test_streams_that_cannot_be_had_are_refused(model: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--streams 2, but torch .* takes 1"):
+        labelling.label(job(model, photos, tmp_path / "out", "torch", streams=2))
+    with pytest.raises(UsageError, match="--streams 2 with --ray"):
+        job(model, photos, tmp_path / "out", streams=2, ray="local")
+
+
+def test_a_part_holds_no_more_scores_than_fit(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelling, "PART_SCORES", 8 * len(CLASSES.split(",")))
+    labelling.label(job(model, photos, tmp_path / "out", batch_size=4))
+    assert len(list((tmp_path / "out" / "labels").glob("part-*.parquet"))) == 3
+    assert len(rows(tmp_path / "out")) == 24
+
+
+@pytest.mark.parametrize("runtime", usable_runtimes("cpu"))
+def test_streams_change_no_score(model: str, photos: Path, tmp_path: Path, runtime: str) -> None:
+    for streams in (1, 2):
+        labelling.label(
+            job(model, photos, tmp_path / str(streams), runtime, batch_size=3, workers=2, streams=streams)
+        )
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert list(one) == list(two), "rows come in the order of the inputs"
+    for path, row in one.items():
+        scores, others = (np.frombuffer(r[3], np.float32) for r in (row, two[path]))
+        np.testing.assert_allclose(scores, others, atol=1e-6)
+        assert row[:3] == two[path][:3]
 
 
 def test_both_runtimes_agree(model: str, photos: Path, tmp_path: Path) -> None:
@@ -229,10 +261,33 @@ def test_a_dry_run_writes_nothing(cli: Cli, photos: Path, options: list[str], tm
     done = cli("label", photos, *options, "--dry-run", "--json")
     facts = json.loads(done.stdout)
     assert (facts["inputs"], facts["settled"], facts["classes"]) == (24, 0, 4)
+    assert (facts["runtime"], facts["precision"]) == (usable_runtimes("cpu")[0], "fp32")
     assert not (tmp_path / "out").exists()
     assert cli("label", photos, *options, "--limit", 7).returncode == 0
     assert json.loads(cli("label", photos, *options, "--dry-run", "--json").stdout)["settled"] == 7
     assert cli("label", photos, *options, "--dry-run", "--views", "1").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "code", "message"),
+    [
+        (["--precision", "fp16"], 0, "runtime           onnx\n  precision         fp16\n"),
+        (
+            ["--runtime", "torch", "--precision", "bf16"],
+            0,
+            "runtime           torch\n  precision         bf16\n",
+        ),
+        (["--runtime", "openvino", "--device", "cuda"], 2, "fix: --device cpu"),
+        (["--runtime", "tensorrt"], 2, "fix: --device cuda"),
+        (["--runtime", "onnx", "--precision", "bf16"], 2, "onnx has fp32, fp16, int8"),
+    ],
+)
+def test_a_dry_run_tells_the_engine_or_why_there_is_none(
+    cli: Cli, photos: Path, options: list[str], engine: list[str], code: int, message: str
+) -> None:
+    done = cli("label", photos, *options, "--dry-run", *engine)
+    assert done.returncode == code, done.stderr
+    assert message in (done.stderr if code else done.stdout)
 
 
 def test_a_limit_can_be_lifted_later(model: str, photos: Path, tmp_path: Path) -> None:
@@ -378,6 +433,8 @@ def test_scores_that_are_not_finite_are_errors(
 ) -> None:
     from cliplet.runners.onnx_runner import OnnxRunner
 
+    # Exported before, as the export checks what the engine computes.
+    labelling.label(job(model, photos, tmp_path / "before", "onnx", limit=1))
     infer = OnnxRunner.infer
 
     def poisoned(self: OnnxRunner, feeds: Any) -> Any:
@@ -387,9 +444,9 @@ def test_scores_that_are_not_finite_are_errors(
 
     monkeypatch.setattr(OnnxRunner, "infer", poisoned)
     with pytest.raises(EnvironmentError_, match="refused 8 images in a row: .*not finite"):
-        labelling.label(job(model, photos, tmp_path / "out", batch_size=1))
+        labelling.label(job(model, photos, tmp_path / "out", "onnx", batch_size=1))
     monkeypatch.undo()
-    assert labelling.label(job(model, photos, tmp_path / "out")).labelled == 24
+    assert labelling.label(job(model, photos, tmp_path / "out", "onnx")).labelled == 24
 
 
 def test_an_engine_that_dies_is_no_fault_of_the_images(
@@ -398,6 +455,7 @@ def test_an_engine_that_dies_is_no_fault_of_the_images(
     """What was labelled before is kept, what was refused is not recorded, and the same job continues."""
     from cliplet.runners.onnx_runner import OnnxRunner
 
+    labelling.label(job(model, photos, tmp_path / "before", "onnx", limit=1))
     infer, calls = OnnxRunner.infer, []
 
     def dies(self: OnnxRunner, feeds: Any) -> Any:
@@ -408,12 +466,66 @@ def test_an_engine_that_dies_is_no_fault_of_the_images(
 
     monkeypatch.setattr(OnnxRunner, "infer", dies)
     with pytest.raises(EnvironmentError_, match="CUDA failure 999"):
-        labelling.label(job(model, photos, tmp_path / "out", batch_size=5))
+        labelling.label(job(model, photos, tmp_path / "out", "onnx", batch_size=5))
     assert len(rows(tmp_path / "out")) == 5
     assert read_errors(tmp_path / "out") == []
     monkeypatch.undo()
-    result = labelling.label(job(model, photos, tmp_path / "out"))
+    result = labelling.label(job(model, photos, tmp_path / "out", "onnx"))
     assert (result.labelled, result.failed, result.scored_now) == (24, 0, 19)
+
+
+LATE = DeadlineExpired("no answer")
+BROKEN = ModelFailed("the model failed")
+DEAD = ModelFailed("a model has died: Stub process 'pets_0_0' is not healthy.")
+
+
+@pytest.mark.parametrize(
+    ("error", "batch_size", "failing_calls", "raised", "labelled", "failed"),
+    [
+        (LATE, 1, {5}, None, 23, 1),
+        (BROKEN, 1, {5, 6, 9}, None, 21, 3),
+        (LATE, 1, {23}, EnvironmentError_, 23, 0),
+        (BROKEN, 1, {5, 22, 23}, EnvironmentError_, 21, 1),
+        # The batch, then one of its images: only the batch after it clears the engine.
+        (LATE, 24, {0, 4}, EnvironmentError_, 23, 0),
+        (LATE, 12, {0, 4}, None, 23, 1),
+        # An engine of our own is trusted at the end.
+        (EnvironmentError_("out of memory"), 1, {23}, None, 23, 1),
+        (DEAD, 1, {5}, ServerError, 5, 0),
+        (DEAD, 12, {1}, ServerError, 12, 0),
+    ],
+)
+def test_what_a_server_failed_at_is_blamed_on_an_image_only_if_a_later_batch_passes(
+    model: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: ClipletError,
+    batch_size: int,
+    failing_calls: set[int],
+    raised: type[ClipletError] | None,
+    labelled: int,
+    failed: int,
+) -> None:
+    whole, calls = Tagger.score, itertools.count()
+
+    def fails(self: Tagger, *given: Any) -> Any:
+        if next(calls) in failing_calls:
+            raise error
+        return whole(self, *given)
+
+    this = job(model, photos, tmp_path / "out", batch_size=batch_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tagger, "score", fails)
+        if raised is None:
+            labelling.label(this)
+        else:
+            with pytest.raises(raised, match=error.happened):
+                labelling.label(this)
+    assert len(rows(tmp_path / "out")) == labelled
+    assert len(read_errors(tmp_path / "out")) == failed
+    if raised is not None:
+        assert labelling.label(this).labelled == 24 - failed
 
 
 # --- interruptions -----------------------------------------------------------------------------------------
