@@ -1,7 +1,10 @@
-"""The files of a label bank: one writer at a time, arrays that grow in place, nothing half written that counts.
+"""The files of a bank: one writer at a time, arrays that grow in place, nothing half written that counts.
+
+A bank holds one row of numbers for each image of a list: a label bank what a teacher says of it, an embedding file
+where it lies.
 
 Who writes follows one order, so that a kill at any moment leaves a bank that can be read and continued: arrays
-are made long enough first, then paths.parquet says how many images there are, and bank.json comes last.
+are made long enough first, then paths.parquet says how many images there are, and the description comes last.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,37 +23,60 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cliplet.artifact import library_versions
-from cliplet.errors import ArtifactError, DataError, UsageError, explained_os_errors
+from cliplet.errors import ArtifactError, DataError, explained_os_errors
 from cliplet.labels import write_atomically
 
 BANK_SCHEMA_VERSION = 1
-DESCRIPTION, PATHS, PROBS, STATE, FAILURES = (
-    "bank.json",
-    "paths.parquet",
-    "probs.npy",
-    "state.npy",
-    "errors.jsonl",
-)
+PATHS, STATE, FAILURES = ("paths.parquet", "state.npy", "errors.jsonl")
 
 
-def clear(folder: Path) -> None:
+@dataclass(frozen=True)
+class BankKind:
+    """Which kind of bank: how it and its maker are called, and how two of its files are.
+
+    Attributes:
+        noun, maker: as in "no label bank in DIR" and "run the label pass again".
+        description, rows: file names.
+    """
+
+    noun: str
+    maker: str
+    description: str
+    rows: str
+
+
+LABELS = BankKind("label bank", "label pass", "bank.json", "probs.npy")
+
+
+def clear(folder: Path, kind: BankKind) -> None:
     """Forget a bank, or what a kill left of one that was being begun; others' files stay."""
     with explained_os_errors(folder):
-        for name in (DESCRIPTION, PATHS, PROBS, STATE, FAILURES):
+        for name in (kind.description, PATHS, kind.rows, STATE, FAILURES):
             (folder / name).unlink(missing_ok=True)
 
 
-def lay_out(folder: Path, paths: Sequence[str], description: Mapping[str, Any]) -> None:
-    """Make a bank's files, or make those of a bank that is continued long enough."""
-    shape = (len(paths), description["views"], len(description["classes"]))
-    begun = (folder / DESCRIPTION).exists()
+def lay_out(
+    folder: Path,
+    kind: BankKind,
+    images: pa.Table,
+    row: tuple[int, ...],
+    dtype: np.dtype,
+    description: Mapping[str, Any],
+) -> None:
+    """Make a bank's files, or make those of a bank that is continued long enough.
+
+    Args:
+        images: the column `path`, and what else is to be kept of each image.
+        row, dtype: shape and type of an image's row.
+    """
+    begun = (folder / kind.description).exists()
     with explained_os_errors(folder):
-        _set_length(folder / PROBS, shape, np.dtype("<f4"))
-        _set_length(folder / STATE, shape[:1], np.dtype("|u1"))
+        _set_length(folder / kind.rows, (len(images), *row), dtype)
+        _set_length(folder / STATE, (len(images),), np.dtype("|u1"))
         _end_last_line(folder / FAILURES)
-    if not begun or len(read_paths(folder)) != len(paths):
+    if not begun or len(read_images(folder, kind)) != len(images):
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"path": pa.array(paths, pa.string())}), sink, compression="zstd")
+        pq.write_table(images, sink, compression="zstd")
         write_atomically(folder / PATHS, sink.getvalue())
     if not begun:
         whole = {
@@ -58,58 +85,48 @@ def lay_out(folder: Path, paths: Sequence[str], description: Mapping[str, Any]) 
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
         }
-        write_atomically(folder / DESCRIPTION, json.dumps(whole, indent=2).encode())
+        write_atomically(folder / kind.description, json.dumps(whole, indent=2).encode())
 
 
-def refuse_other_bank(folder: Path, paths: Sequence[str], wanted: Mapping[str, Any]) -> None:
-    """Raise `UsageError` unless the bank in `folder` can be continued with these paths and description."""
-    old = read_description(folder)
-    changed = [key for key in ("classes", "views") if old[key] != wanted[key]]
-    then, now = old["provenance"], wanted["provenance"]
-    changed += [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    old_paths = read_paths(folder)
-    if list(paths[: len(old_paths)]) != old_paths:
-        changed.append("images")
-    if changed:
-        raise UsageError(
-            f"{folder} holds a label bank that differs in {', '.join(changed)}",
-            "the same images (more may follow them), classes, views and provenance, which would continue it",
-            "choose another folder, or replace what is there with overwrite",
-        )
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The bank.json of a folder.
+def read_description(folder: Path, kind: BankKind) -> dict[str, Any]:
+    """What a bank says of itself.
 
     Raises:
         DataError: there is none, or it cannot be read.
         ArtifactError: a version with another layout wrote it.
     """
-    file = folder / DESCRIPTION
+    file = folder / kind.description
     try:
         description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"no label bank in {folder}: {error}",
-            "a folder that a label pass wrote",
-            "run the label pass again",
+            f"no {kind.noun} in {folder}: {error}",
+            f"a folder that the {kind.maker} wrote",
+            f"run the {kind.maker} again",
         ) from error
     if description.get("schema") != BANK_SCHEMA_VERSION:
         raise ArtifactError(
             f"{file} has schema {description.get('schema')}",
             f"schema {BANK_SCHEMA_VERSION}",
-            "run the label pass again with overwrite",
+            f"run the {kind.maker} again with overwrite",
         )
     return description
 
 
-def read_paths(folder: Path) -> list[str]:
-    """The images of a bank, in order. `DataError` if they cannot be read."""
+def read_images(folder: Path, kind: BankKind) -> pa.Table:
+    """The images of a bank, in order: `path`, and what else is kept of each. `DataError` if they cannot be read."""
     file = folder / PATHS
     try:
-        paths: list[str] = pq.read_table(file, partitioning=None).column("path").to_pylist()
+        images: pa.Table = pq.read_table(file, partitioning=None)
+        images.column("path")
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise _broken(file, str(error)) from error
+        raise _broken(file, kind, str(error)) from error
+    return images
+
+
+def read_paths(folder: Path, kind: BankKind) -> list[str]:
+    """The paths of a bank's images, in order. `DataError` if they cannot be read."""
+    paths: list[str] = read_images(folder, kind).column("path").to_pylist()
     return paths
 
 
@@ -129,7 +146,7 @@ def append_failures(folder: Path, failures: Sequence[Mapping[str, Any]]) -> None
         file.writelines(json.dumps(failure) + "\n" for failure in failures)
 
 
-def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def mapped(path: Path, kind: BankKind, shape: tuple[int, ...]) -> np.ndarray:
     """The first rows of a .npy file, read-only; it may have more while another process makes it grow.
 
     Raises:
@@ -138,9 +155,9 @@ def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        raise _broken(path, str(error)) from error
+        raise _broken(path, kind, str(error)) from error
     if len(array) < shape[0] or array.shape[1:] != shape[1:]:
-        raise _broken(path, f"it is {list(array.shape)}, not {list(shape)}")
+        raise _broken(path, kind, f"it is {list(array.shape)}, not {list(shape)}")
     return array[: shape[0]]
 
 
@@ -203,5 +220,7 @@ def _end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _broken(path: Path, why: str) -> DataError:
-    return DataError(f"cannot read {path}: {why}", "a whole label bank", "run the label pass with overwrite")
+def _broken(path: Path, kind: BankKind, why: str) -> DataError:
+    return DataError(
+        f"cannot read {path}: {why}", f"a whole {kind.noun}", f"run the {kind.maker} with overwrite"
+    )

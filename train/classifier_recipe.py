@@ -8,6 +8,7 @@ The functions that build complete recipes are in `recipes`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +56,24 @@ RANGES: dict[str, tuple[float, float]] = {
     "smoothing": (0, 0.5),
     **dict.fromkeys(("boost", "label_step_sigma"), (0.01, math.inf)),
 }
+
+
+def check_settings(
+    settings: Mapping[str, Any],
+    choices: Mapping[str, Sequence[str]],
+    ranges: Mapping[str, tuple[float, float]],
+) -> None:
+    """Raise `UsageError` unless words are one of their choices, and numbers finite and in their ranges."""
+    for name, known in choices.items():
+        if settings[name] not in known:
+            raise UsageError(f"{name} {settings[name]!r} in a recipe", f"one of {', '.join(known)}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} is {value} in a recipe", "a finite number")
+    for name, (least, largest) in ranges.items():
+        if not least <= settings[name] <= largest:
+            wanted = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+            raise UsageError(f"{name} is {settings[name]} in a recipe", wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,18 +202,7 @@ class ClassifierRecipe:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"{name} {value!r} in a recipe", f"one of {', '.join(known)}")
-        for name, value in asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{name} is {value} in a recipe", "a finite number")
-        for name, (least, largest) in RANGES.items():
-            value = getattr(self, name)
-            if not least <= value <= largest:
-                wanted = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
-                raise UsageError(f"{name} is {value} in a recipe", wanted)
+        check_settings(asdict(self), CHOICES, RANGES)
         if self.held_out == 1 or (self.selection == "held_out" and self.held_out == 0):
             raise UsageError(
                 f"held_out is {self.held_out} with selection {self.selection!r}",

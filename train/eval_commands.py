@@ -69,8 +69,9 @@ def data_options(verb: str) -> Callable[[C], C]:
 def evaluate(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL on labelled images: mAP, F1, calibration, confusions, with pictures.
 
-    MODEL is the folder of a classifier, a bundle or labels that `cliplet label` stored, or a CLIP (tiny,
-    open_clip:ARCH/PRETRAINED, …), which is asked about the classes of the data.
+    MODEL is the folder of a classifier, a bundle or labels that `cliplet label` stored, a bundle on a server
+    (triton://HOST:PORT/NAME), or a CLIP (tiny, open_clip:ARCH/PRETRAINED, …), which is asked about the classes of the
+    data.
     """
     from . import evaluate as evaluation
     from .scoring import ScoringOptions, score_dataset

@@ -16,25 +16,20 @@ Legend: N images, V views, C classes, n rows of one call.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 from cliplet.errors import DataError, UsageError
-from cliplet.labels import ErrorRecord
-from cliplet.lock import lock_folder
 
 from . import bank_files
-from .bank_files import DESCRIPTION, FAILURES, PROBS, STATE
-
-PENDING, DONE, FAILED = 0, 1, 2
+from .image_rows import ImageRows, held_lock
 
 
-class LabelBank:
+class LabelBank(ImageRows):
     """A bank of view probabilities; a context manager when it was opened for writing.
 
     Attributes:
@@ -46,17 +41,14 @@ class LabelBank:
         probs: float32 [N, V, C], mapped read-only; 0 where a row is not done.
     """
 
+    kind = bank_files.LABELS
+
     def __init__(self, folder: Path, paths: Sequence[str], description: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.paths = paths
         self.classes: tuple[str, ...] = tuple(description["classes"])
         self.views: int = description["views"]
         self.provenance: dict[str, Any] = description["provenance"]
-        self.probs = bank_files.mapped(folder / PROBS, (len(paths), self.views, len(self.classes)))
-        self._state_N = np.array(bank_files.mapped(folder / STATE, (len(paths),)))
-        self._unsaved: list[np.ndarray] = []
-        self._failures: list[dict[str, Any]] = []
-        self._lock: int | None = None
+        super().__init__(folder, paths, (self.views, len(self.classes)))
+        self.probs = self.rows
 
     @classmethod
     def open(
@@ -94,17 +86,15 @@ class LabelBank:
         wanted = json.loads(
             json.dumps({"classes": list(classes), "views": views, "provenance": dict(provenance)})
         )
-        lock = lock_folder(folder, wait=wait)
-        try:
-            if overwrite or not (folder / DESCRIPTION).exists():
-                bank_files.clear(folder)
+        with held_lock(folder, wait=wait) as lock:
+            if overwrite or not (folder / cls.kind.description).exists():
+                bank_files.clear(folder, cls.kind)
             else:
-                bank_files.refuse_other_bank(folder, paths, wanted)
-            bank_files.lay_out(folder, paths, wanted)
+                _refuse_other_bank(folder, paths, wanted)
+            images = pa.table({"path": pa.array(paths, pa.string())})
+            row, dtype = (views, len(wanted["classes"])), np.dtype("<f4")
+            bank_files.lay_out(folder, cls.kind, images, row, dtype, wanted)
             bank = cls(folder, paths, wanted)
-        except BaseException:
-            os.close(lock)
-            raise
         bank._lock = lock
         return bank
 
@@ -116,46 +106,8 @@ class LabelBank:
             DataError: there is none, or a file of it is missing or cut off.
             ArtifactError: a version with another layout wrote it.
         """
-        description = bank_files.read_description(folder)
-        return cls(folder, bank_files.read_paths(folder), description)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.flush()
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-
-    def __len__(self) -> int:
-        """Number of images N."""
-        return len(self.paths)
-
-    @property
-    def done(self) -> np.ndarray:
-        """Which images have their probabilities, bool [N]."""
-        return self._state_N == DONE
-
-    @property
-    def errors(self) -> list[ErrorRecord]:
-        """Why images have failed, in their order; of each the last reason that was recorded."""
-        found = {e["index"]: e for e in [*bank_files.read_failures(self.folder), *self._failures]}
-        failed = [int(i) for i in np.flatnonzero(self._state_N == FAILED)]
-        return [ErrorRecord(self.paths[i], found[i]["stage"], found[i]["reason"]) for i in failed]
-
-    def pending(self) -> np.ndarray:
-        """Indices of the images that are neither done nor failed, int64, ascending."""
-        return np.flatnonzero(self._state_N == PENDING)
-
-    def retry_failed(self) -> None:
-        """Make the failed images pending again."""
-        self._set_states(np.flatnonzero(self._state_N == FAILED), PENDING)
+        description = bank_files.read_description(folder, cls.kind)
+        return cls(folder, bank_files.read_paths(folder, cls.kind), description)
 
     def write(self, indices: np.ndarray, probs_nVC: np.ndarray) -> None:
         """Rows of some images, each named once; they are done, and safe from a kill after the next `flush`.
@@ -172,34 +124,21 @@ class LabelBank:
             )
         if not np.isfinite(probs_nVC).all():
             raise DataError("probabilities that are not finite", "numbers from 0 to 1", "try runtime torch")
-        self._check_writable()
-        bank_files.write_rows(self.folder / PROBS, indices, np.ascontiguousarray(probs_nVC, "<f4"))
-        self._set_states(indices, DONE)
+        self._write(indices, probs_nVC)
 
-    def fail(self, index: int, stage: str, reason: str) -> None:
-        """Record why an image has no probabilities; it is not pending any more."""
-        path = self.paths[index]
-        self._failures.append({"index": int(index), "path": path, "stage": stage, "reason": reason})
-        self._set_states(np.array([index]), FAILED)
 
-    def flush(self) -> None:
-        """Bring everything to the disk: rows and failures first, then the states that vouch for them."""
-        if not self._unsaved:
-            return
-        bank_files.sync(self.folder / PROBS)
-        if self._failures:
-            bank_files.append_failures(self.folder, self._failures)
-            bank_files.sync(self.folder / FAILURES)
-        changed = np.unique(np.concatenate(self._unsaved))
-        bank_files.write_rows(self.folder / STATE, changed, self._state_N[changed])
-        bank_files.sync(self.folder / STATE)
-        self._unsaved, self._failures = [], []
-
-    def _set_states(self, indices: np.ndarray, state: int) -> None:
-        self._check_writable()
-        if len(indices):
-            self._state_N[indices] = state
-            self._unsaved.append(indices)
-
-    def _check_writable(self) -> None:
-        assert self._lock is not None, "LabelBank.read gives a bank that cannot be written"
+def _refuse_other_bank(folder: Path, paths: Sequence[str], wanted: Mapping[str, Any]) -> None:
+    """Raise `UsageError` unless the bank in `folder` can be continued with these paths and description."""
+    old = bank_files.read_description(folder, bank_files.LABELS)
+    changed = [key for key in ("classes", "views") if old[key] != wanted[key]]
+    then, now = old["provenance"], wanted["provenance"]
+    changed += [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    old_paths = bank_files.read_paths(folder, bank_files.LABELS)
+    if list(paths[: len(old_paths)]) != old_paths:
+        changed.append("images")
+    if changed:
+        raise UsageError(
+            f"{folder} holds a label bank that differs in {', '.join(changed)}",
+            "the same images (more may follow them), classes, views and provenance, which would continue it",
+            "choose another folder, or replace what is there with overwrite",
+        )

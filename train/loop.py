@@ -11,7 +11,7 @@ Legend: B images of a batch, C classes, N training images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,8 @@ def train_step(learning: Learning, batch: ImageBatch, wanted: int, step: int) ->
             fabric.backward(loss * (weight * len(part) / len(batch.indices_B)))
         total += float(loss.detach()) * len(part) / len(batch.indices_B)
         if not np.isfinite(total):
-            raise _not_finite(learning, batch, step)
+            paths = (learning.data.images[i].path for i in batch.indices_B)
+            raise not_finite(learning.progress.epoch, step, paths, learning.folder)
     learning.optimizer.step()
     learning.optimizer.zero_grad(set_to_none=True)
     if learning.averaged is not None:
@@ -329,11 +330,17 @@ def _nothing_left(learning: Learning, batch: ImageBatch) -> DataError:
     )
 
 
-def _not_finite(learning: Learning, batch: ImageBatch, step: int) -> DataError:
-    named = ", ".join(learning.data.images[i].path for i in batch.indices_B)
+def not_finite(epoch: int, step: int, paths: Iterable[str], folder: Path) -> DataError:
+    """The error of a step whose loss is not finite.
+
+    Args:
+        epoch, step: from 0.
+        paths: the images of the batch.
+        folder: of the checkpoint.
+    """
     return DataError(
-        f"the loss of epoch {learning.progress.epoch + 1}, step {step + 1} is not finite; its images: {named}",
-        f"a finite loss; the last good checkpoint is kept in {learning.folder}",
+        f"the loss of epoch {epoch + 1}, step {step + 1} is not finite; its images: {', '.join(paths)}",
+        f"a finite loss; the last good checkpoint is kept in {folder}",
         "look at these images, or start anew with a lower --learning-rate or --precision fp32",
     )
 

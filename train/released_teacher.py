@@ -102,7 +102,7 @@ class ReleasedTeacher:
 
     @torch.inference_mode()
     def _probs(self, pixels: Tensor) -> np.ndarray:
-        cosines_1C = self._tower(pixels) @ self._text_CD.T
+        cosines_1C = functional.normalize(self._tower(pixels), dim=-1) @ self._text_CD.T
         return (self.scale * cosines_1C).softmax(dim=-1)[0].cpu().numpy()
 
     @torch.inference_mode()
@@ -120,7 +120,7 @@ class ReleasedTeacher:
 
 
 class AnySizeResNet(nn.Module):
-    """Unit features float [N, D] that a ResNet of CLIP's own gives of pixels float [N, 3, H, W] of any size.
+    """Features float [N, D] that a ResNet of CLIP's own gives of pixels float [N, 3, H, W] of any size.
 
     The attention pool has learned a position for each cell of one square; for another feature map they are
     interpolated bilinearly.
@@ -135,7 +135,7 @@ class AnySizeResNet(nn.Module):
         cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
         learned = visual.attnpool.positional_embedding
         resized = {"positional_embedding": resized_positions(learned, cells.shape[-2], cells.shape[-1])}
-        return functional.normalize(functional_call(visual.attnpool, resized, (cells,)), dim=-1)
+        return functional_call(visual.attnpool, resized, (cells,))
 
 
 def resized_positions(positions: Tensor, height: int, width: int) -> Tensor:

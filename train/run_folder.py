@@ -5,39 +5,46 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cliplet.datasets import Dataset
 from cliplet.errors import UsageError
 from cliplet.labels import write_atomically
 
-from .classifier_recipe import ClassifierRecipe
-
 RUN_SCHEMA = 1
 
 
-def clear_run(out: Path) -> None:
-    """Remove what earlier runs left in `out`; its scenes and label banks stay, since they fit any recipe."""
-    for name in ("checkpoint", "classifier", "tensorboard"):
+class Recipe(Protocol):
+    """All settings of a run."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def clear_run(out: Path, folders: Sequence[str] = ("checkpoint", "classifier", "tensorboard")) -> None:
+    """Remove what earlier runs left in `out`; what else is there stays: scenes and label banks fit any recipe."""
+    for name in folders:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("run.json", "report.json"):
         (out / name).unlink(missing_ok=True)
 
 
 def begin_run(
-    recipe: ClassifierRecipe, data: Dataset, evaluation: Dataset | None, out: Path, writes: bool
+    recipe: Recipe, data: Sequence[Mapping[str, Any]], out: Path, writes: bool, trunk: str | None = None
 ) -> dict[str, Any] | None:
     """The report of this very run if it has ended; else None, its settings being kept in run.json.
 
     Args:
+        data: what tells the images from others, ready for JSON: that of each data set.
         writes: whether this process is the one that writes.
+        trunk: sha256 of the weights it starts from, where they lie in a folder of the user's.
 
     Raises:
         UsageError: the folder holds another run.
     """
-    told = [described(d) for d in (data, evaluation) if d is not None]
-    run = json.loads(json.dumps({"schema": RUN_SCHEMA, "recipe": recipe.to_json(), "data": told}))
+    run = {"schema": RUN_SCHEMA, "recipe": recipe.to_json(), "data": list(data)}
+    run = json.loads(json.dumps(run if trunk is None else {**run, "trunk": trunk}))
     file = out / "run.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -64,7 +71,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(then.keys() | recipe.keys())
         if then.get(name) != recipe.get(name)
     ]
-    return changed + (["the images"] if before.get("data") != now["data"] else [])
+    told = {"data": "the images", "trunk": "the weights of the trunk's folder"}
+    return changed + [what for key, what in told.items() if before.get(key) != now.get(key)]
 
 
 def described(data: Dataset) -> dict[str, Any]:

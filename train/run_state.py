@@ -59,10 +59,8 @@ def save_run_state(
     """Replace the checkpoint in `folder`."""
     state = optimizer.state_dict()
     saved = {f"array.{name}": array for name, array in arrays.items()}
-    for prefix, module in modules.items():
-        saved |= {f"{prefix}.{name}": t.detach().cpu().numpy() for name, t in module.state_dict().items()}
-    for number, slots in state["state"].items():
-        saved |= {f"optimizer.{number}.{name}": t.detach().cpu().numpy() for name, t in slots.items()}
+    saved |= module_arrays(modules)
+    saved |= slot_arrays(state["state"])
     details = {"progress": vars(progress), "groups": state["param_groups"], "scaler": dict(scaler)}
     save_arrays(folder, STEM, saved, details)
 
@@ -76,18 +74,46 @@ def load_run_state(
         ArtifactError: it is damaged.
     """
     saved, details = load_arrays(folder, STEM)
+    set_modules(modules, saved)
+    optimizer.load_state_dict({"state": slots_of(saved), "param_groups": details["groups"]})
+    arrays = {n.removeprefix("array."): a for n, a in saved.items() if n.startswith("array.")}
+    return arrays, Progress(**details["progress"]), details["scaler"]
+
+
+def module_arrays(modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+    """The modules' states as `PREFIX.NAME`."""
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().numpy()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def set_modules(modules: Mapping[str, nn.Module], saved: Mapping[str, np.ndarray]) -> None:
+    """Set the modules to what `module_arrays` gave."""
     for prefix, module in modules.items():
         begin = f"{prefix}."
         own = {n.removeprefix(begin): torch.from_numpy(a) for n, a in saved.items() if n.startswith(begin)}
         module.load_state_dict(own)
+
+
+def slot_arrays(slots: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """What an optimiser remembers of its parameters, by their numbers, as `optimizer.NUMBER.NAME`."""
+    return {
+        f"optimizer.{number}.{name}": tensor.detach().cpu().numpy()
+        for number, of_parameter in slots.items()
+        for name, tensor in of_parameter.items()
+    }
+
+
+def slots_of(saved: Mapping[str, np.ndarray]) -> dict[int, dict[str, torch.Tensor]]:
+    """What `slot_arrays` was given."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, array in saved.items():
         if name.startswith("optimizer."):
             _, number, slot = name.split(".")
             slots.setdefault(int(number), {})[slot] = torch.from_numpy(array)
-    optimizer.load_state_dict({"state": slots, "param_groups": details["groups"]})
-    arrays = {n.removeprefix("array."): a for n, a in saved.items() if n.startswith("array.")}
-    return arrays, Progress(**details["progress"]), details["scaler"]
+    return slots
 
 
 def has_run_state(folder: Path) -> bool:

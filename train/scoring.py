@@ -1,4 +1,4 @@
-"""Scores of a data set's images, whatever gives them: a classifier, a CLIP, a bundle, or labels stored before.
+"""Scores of a data set's images, whatever gives them: a classifier, a CLIP, a bundle, a server, or stored labels.
 
 Legend: N images, M classes of the model, C classes of the data.
 """
@@ -21,17 +21,16 @@ from cliplet.errors import DataError, UsageError
 from cliplet.images import ImageError, ImageRef, Picture, decode_image, read_image
 from cliplet.labels import read_errors, read_labels, read_run
 from cliplet.machine import usable_cores
-from cliplet.model_spec import MANIFEST_NAME
-from cliplet.plan import DEFAULT_VIEWS, Plan, TaggerSettings, make_plan
+from cliplet.model_spec import MANIFEST_NAME, TRUNK_STEM, parse_model_spec
+from cliplet.plan import CLASSIFIER_THRESHOLD, Plan, TaggerSettings, make_plan
+from cliplet.plan_checks import hold_labels
 from cliplet.progress import ProgressBar
+from cliplet.server_address import ServerAddress
 from cliplet.tagger import load_plan
 from cliplet.thresholds import THRESHOLDS_FILE, Thresholds, read_thresholds
 from cliplet.vocabulary import Vocabulary
 
 from .feed import ahead
-
-# A sigmoid's middle; where a classifier was not calibrated there is nothing better.
-CLASSIFIER_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Scored:
     """A model's scores of a data set.
 
     Attributes:
-        model: as the user named it; `kind` is classifier, bundle, labels or clip.
+        model: as the user named it; `kind` is classifier, bundle, server, labels or clip.
         identity: what tells this model, and how it looked, from all others.
         names: the model's classes [M].
         scores_NM: float32 [N, M]; rows of images that failed are nan.
@@ -105,18 +104,22 @@ class Scored:
 
 
 def kind_of_model(model: str) -> str:
-    """What `model` names: a classifier's folder, a bundle, a folder of labels, or a CLIP.
+    """What `model` names: a classifier's folder, a bundle, a bundle on a server, a folder of labels, or a CLIP.
 
     Raises:
         DataError: a folder with none of these in it.
     """
     if model == "tiny":
         return "clip"
+    if ServerAddress.is_meant(model):
+        return "server"
     folder = Path(model)
     # Written out and not imported: the classifier's module needs torch, which labels do not.
     for file, kind in (("classifier.json", "classifier"), (MANIFEST_NAME, "bundle"), ("run.json", "labels")):
         if (folder / file).is_file():
             return kind
+    if (folder / f"{TRUNK_STEM}.json").is_file():
+        hold_labels(parse_model_spec(model), None)
     if folder.is_dir():
         raise DataError(
             f"{model} holds no classifier.json, {MANIFEST_NAME} or run.json",
@@ -133,8 +136,12 @@ def own_vocabulary(model: str) -> Vocabulary | None:
         from cliplet.classifier import classifier_details
 
         return Vocabulary.from_json(classifier_details(Path(model))["vocabulary"], model)
+    if kind == "server":
+        return make_plan(TaggerSettings(model=model)).vocabulary
     if kind == "bundle":
-        return Bundle.load(Path(model)).manifest.vocabulary
+        bundle = Bundle.load(Path(model))
+        hold_labels(parse_model_spec(model), bundle.manifest)
+        return bundle.manifest.vocabulary
     if kind == "labels":
         return Vocabulary.from_json(read_run(Path(model))["fingerprint"]["vocabulary"], model)
     return None
@@ -246,8 +253,8 @@ def _by_labels(model: str, data: Dataset, options: ScoringOptions) -> Scored:
 
 def _by_tagger(model: str, data: Dataset, options: ScoringOptions) -> Scored:
     kind = kind_of_model(model)
-    settings = TaggerSettings(model=model, views=options.views or DEFAULT_VIEWS, device=options.device)
-    plan = make_plan(settings, None if kind == "bundle" else data.vocabulary)
+    settings = TaggerSettings(model=model, views=options.views, device=options.device)
+    plan = make_plan(settings, None if kind in ("bundle", "server") else data.vocabulary)
     names = plan.vocabulary.names
     columns_C = matched_columns(names, data, model)
     thresholds = _own_or_given(options, names, Thresholds(plan.thresholds, plan.threshold_source))

@@ -222,6 +222,7 @@ class RescaledRunner:
     def __init__(self, runner: Runner, scale: float, new_scale: float) -> None:
         self.runner, self.scale, self.new_scale = runner, scale, new_scale
         self.runtime, self.device, self.precision = runner.runtime, runner.device, runner.precision
+        self.concurrency = runner.concurrency
 
     def __enter__(self) -> Self:
         return self

@@ -29,10 +29,7 @@ from cliplet.datasets import Dataset
 from cliplet.errors import UsageError
 from cliplet.labels import write_atomically
 from cliplet.lock import lock_folder
-from cliplet.model_spec import parse_model_spec
 from cliplet.pseudo_labels import cdul_labels
-from cliplet.teacher import load_teacher
-from cliplet.views import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cliplet.vocabulary import Vocabulary
 
 from .ccd import ccd_objective, estimated_bias, label_quality, update_labels, update_latent_labels
@@ -43,7 +40,7 @@ from .objectives import Ccd, Cdul, Objective, baseline
 from .run_data import DataOptions, refuse_too_few, run_data
 from .run_folder import begin_run, clear_run, described
 from .teacher_labels import PassOptions, TeacherLabels, teacher_labels
-from .trunk_weights import load_trunk_weights
+from .trunk_weights import load_trunk_weights, student_input, student_trunk, trunk_sha256
 from .world import launched
 
 SELECTION_SALT = 2  # tells the random choice of held-out images from others of the same seed
@@ -90,7 +87,8 @@ def train_classifier(recipe: ClassifierRecipe, out: Path, options: TrainOptions)
             clear_run(out)
         fabric.barrier()
         data, evaluation = run_data(recipe, out, options.data, fabric, options.run.quiet)
-        finished = begin_run(recipe, data, evaluation, out, fabric.is_global_zero)
+        told = [described(d) for d in (data, evaluation) if d is not None]
+        finished = begin_run(recipe, told, out, fabric.is_global_zero, trunk_sha256(recipe))
         fabric.barrier()
         return finished or _train(recipe, data, evaluation, out, options, fabric)
     finally:
@@ -178,12 +176,10 @@ def make_objective(recipe: ClassifierRecipe, probs_NVC: np.ndarray | None, data:
 
 
 def new_classifier(recipe: ClassifierRecipe, vocabulary: Vocabulary) -> Classifier:
-    """An untrained classifier with the recipe's trunk."""
-    fed = Preprocessing(recipe.image_size, IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash")
-    if recipe.trunk_weights == "teacher":
-        own = load_teacher(parse_model_spec(recipe.teacher)).preprocessing
-        fed = replace(fed, mean=own.mean, std=own.std)
-    config = ClassifierConfig(trunk=recipe.trunk, boost=recipe.boost, preprocessing=fed)
+    """An untrained classifier with the recipe's trunk, which it names so that it needs no folder of a trunk later."""
+    config = ClassifierConfig(
+        trunk=student_trunk(recipe), boost=recipe.boost, preprocessing=student_input(recipe)
+    )
     classifier = Classifier(config, vocabulary)
     load_trunk_weights(classifier, recipe)
     return classifier

@@ -1,4 +1,4 @@
-"""The verb `cliplet train`: a recipe's name trains a classifier; `compare`, `import` and `tiny` stand beside them."""
+"""The verb `cliplet train`: a recipe's name trains a classifier; others stand beside them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from rich.table import Column, Table
 
 from .classifier_recipe import METHODS, ClassifierRecipe
 from .commands import tiny
+from .mlcd_commands import mlcd
+from .probe_commands import probe
 from .recipes import classifier_recipe, classifier_recipes
+from .report_lines import tell_lost
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 C = TypeVar("C", bound=Callable[..., Any])
 # Flags that stand for a field of the recipe; every other field goes through --set.
-FIELD_FLAGS = ("seed", "epochs", "batch", "learning_rate", "precision", "teacher")
+FIELD_FLAGS = ("seed", "epochs", "batch", "learning_rate", "precision", "teacher", "trunk")
 
 
 class Recipes(click.Group):
@@ -78,6 +81,11 @@ def recipe_command(name: str) -> click.Command:
     )
     @click.option("--teacher", help=f"Which CLIP labels. [default: {recipe.teacher}]")
     @click.option(
+        "--trunk",
+        help="A timm model, or mlcd:FOLDER with the weights it brings: what `train mlcd` learned, or a vision tower. "
+        f"[default: {recipe.trunk}]",
+    )
+    @click.option(
         "--banks",
         type=FOLDER,
         help="Folder of the teacher's answers, to share them between runs. Default: in --out.",
@@ -89,7 +97,7 @@ def recipe_command(name: str) -> click.Command:
         out: Path, show: bool, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any
     ) -> None:
         asked = {key: options[key] for key in FIELD_FLAGS if options[key] is not None}
-        chosen = replace(recipe, **{**parsed_settings(settings), **asked})
+        chosen = replace(recipe, **{**_brought(options["trunk"]), **parsed_settings(settings), **asked})
         if show:
             click.echo(json.dumps(chosen.to_json(), indent=2))
             return
@@ -105,6 +113,11 @@ def recipe_command(name: str) -> click.Command:
             tell_report(report, out, options["root"] or out / "scenes")
 
     return command
+
+
+def _brought(trunk: str | None) -> dict[str, str]:
+    """What a trunk that was asked for decides besides: a folder brings its weights."""
+    return {"trunk_weights": "pretrained"} if trunk is not None and trunk.startswith("mlcd:") else {}
 
 
 def _help(name: str, recipe: ClassifierRecipe) -> str:
@@ -123,8 +136,8 @@ def _short_help(name: str, recipe: ClassifierRecipe) -> str:
     return f"{recipe.method.upper()} on {recipe.dataset}{others}"
 
 
-def parsed_settings(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Fields of a recipe from NAME=VALUE.
+def parsed_settings(settings: tuple[str, ...], recipe: type[Any] = ClassifierRecipe) -> dict[str, Any]:
+    """Fields of a kind of recipe from NAME=VALUE.
 
     Raises:
         UsageError: no such field, or a value of another type.
@@ -133,7 +146,7 @@ def parsed_settings(settings: tuple[str, ...]) -> dict[str, Any]:
 
     from cliplet.errors import UsageError
 
-    kinds = {f.name: type(f.default) for f in fields(ClassifierRecipe) if f.name != "dataset"}
+    kinds = {f.name: type(f.default) for f in fields(recipe) if f.name != "dataset"}
     found: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -191,10 +204,7 @@ def tell_report(report: Mapping[str, Any], out: Path, root: Path) -> None:
         f"{images['learned']:,} images learned from, {images['held_out']:,} held out, {report['precision']} on "
         f"{report['device']}"
     )
-    for what, named in (("unreadable", images["unreadable"]), ("lost while training", report["skipped"])):
-        if named:
-            first = next(iter(named.items()))
-            console.print(f"{len(named):,} images {what}, such as {first[0]}: {first[1]}", style="yellow")
+    tell_lost(console, images["unreadable"], report["skipped"])
     bias = report["labels"].get("bias", {})
     unsure = [name for name, found in bias.items() if not found["sure_images"]]
     if unsure:
@@ -235,6 +245,8 @@ def train() -> None:
 
 
 train.add_command(tiny)
+train.add_command(mlcd)
+train.add_command(probe)
 
 
 @train.command()

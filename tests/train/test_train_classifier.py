@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from runs import TOY, ending, killed_at, toy_scenes, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from towers import save_toy_tower
 
 from cliplet.classifier import classifier_details, load_classifier
 from cliplet.datasets import open_dataset
@@ -25,6 +26,8 @@ from cliplet.train.classifier_recipe import ClassifierRecipe
 from cliplet.train.predict import predict
 from cliplet.train.recipes import folder_ccd, with_method
 from cliplet.train.run_data import DataOptions
+from cliplet.train.trunk_weights import student_input
+from cliplet.vision_tower import load_vision_tower
 from cliplet.vocabulary import Vocabulary, read_vocabulary
 
 FOLDER = replace(
@@ -337,6 +340,49 @@ def test_a_trunk_of_one_size_is_refused_before_the_warm_up(scenes: Path, banks: 
     with pytest.raises(UsageError, match="--set region_size=64"):
         trained(recipe, tmp_path, scenes, banks=banks)
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "mlcd_vision_model"])
+def test_a_student_with_a_vision_tower_learns_and_outlives_its_folder(
+    kind: str, scenes: Path, banks: Path, tmp_path: Path
+) -> None:
+    """Regions are searched for at another side than the student's, so positions are interpolated too."""
+    tower = save_toy_tower(tmp_path / "tower", kind)
+    recipe = replace(TOY, trunk=f"mlcd:{tower}", trunk_weights="pretrained", epochs=2)
+    report = trained(recipe, tmp_path / "run", scenes, banks=banks)
+    shutil.rmtree(tower)
+    evaluation = open_dataset("scenes", scenes, "test-seen")
+    assert evaluation.truth_NC is not None
+    classifier = load_classifier(tmp_path / "run" / "classifier")
+    found = mean_average_precision(predict(classifier, evaluation.images).scores_NC, evaluation.truth_NC)
+    assert found == pytest.approx(report["measured"]["map"], abs=1e-3)
+    losses = [row["loss"] for row in report["history"]]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+def test_a_vision_tower_starts_from_its_folder(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    tower = save_toy_tower(tmp_path)
+    recipe = replace(TOY, trunk=f"mlcd:{tower}", trunk_weights="pretrained")
+    wanted = load_vision_tower(tower, recipe.image_size).state_dict()
+    found = train_classifier.new_classifier(recipe, vocabulary).trunk.state_dict()
+    assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
+    by_chance = train_classifier.new_classifier(replace(recipe, trunk_weights="random"), vocabulary).trunk
+    assert not by_chance.model.embeddings.class_embedding.equal(wanted["model.embeddings.class_embedding"])
+    with pytest.raises(UsageError, match="trunk_weights 'teacher' with the trunk mlcd:"):
+        train_classifier.new_classifier(replace(recipe, trunk_weights="teacher"), vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("change", "mean"),
+    [({}, 0.485), ({"trunk_weights": "teacher"}, 0.48145466), ({"trunk": "mlcd:"}, 0.25)],
+    ids=["imagenet", "teacher", "tower"],
+)
+def test_a_student_is_fed_what_its_weights_know(change: dict[str, Any], mean: float, tmp_path: Path) -> None:
+    described = {"image_mean": [mean, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
+    recipe = replace(TOY, **{"trunk_weights": "pretrained", **change})
+    fed = student_input(replace(recipe, trunk=recipe.trunk.replace("mlcd:", f"mlcd:{tmp_path}")))
+    assert (fed.mean[0], fed.size, fed.resize_mode) == (mean, TOY.image_size, "squash")
 
 
 @pytest.mark.gpu
