@@ -23,7 +23,7 @@ from time import perf_counter
 
 import numpy as np
 
-from benchmarks.label import CLASSES, random_weights
+from benchmarks.models import CLASSES, random_weights
 from benchmarks.records import spread, write_record
 from cliplet.images import ImageRef, Picture, decode_image, find_images, read_image
 from cliplet.machine import peak_memory_bytes
