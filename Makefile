@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-EXTRAS := edge,train,export,dev
+EXTRAS := edge,train,export,serve,ray,dev
 
 .PHONY: help setup browser demo test test-gpu lint format bench
 
@@ -11,9 +11,10 @@ help:  ## show this list
 
 setup: $(VENV)/.ready  ## make .venv with all that the other lines need
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt deploy/triton_server.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton --requirement deploy/triton_server.txt
 	@touch $@
 
 browser:  ## install a headless Chromium for the gallery's tests (Debian or Ubuntu, as root)
@@ -37,8 +38,11 @@ format: setup  ## bring the sources into the one format
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure labelling against a plain open_clip loop and pseudo-labels against one crop at a time
-	$(BIN)/python -m benchmarks.label
-	$(BIN)/python -m benchmarks.label_memory
-	$(BIN)/python -m benchmarks.label_pass
+bench: setup  ## measure labelling, peers, scale, pseudo-labels, engines and serving; write the book
+	$(BIN)/python -m benchmarks.labelling --rounds 1
+	$(BIN)/python -m benchmarks.peers --limit 48 --rounds 1
+	$(BIN)/python -m benchmarks.scale --rounds 1
+	$(BIN)/python -m benchmarks.label_pass --limit 8 --rounds 1
+	$(BIN)/python -m benchmarks.engines --models ViT-B-32,student --rounds 1
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.report

@@ -12,7 +12,18 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 VERBS = ("train", "export", "deploy")
-WITH_TORCH = {"cliplet.teacher", "cliplet.snippets", "cliplet.classifier", "cliplet.runners.torch_runner"}
+WITH_TORCH = {
+    "cliplet.teacher",
+    "cliplet.snippets",
+    "cliplet.classifier",
+    "cliplet.vision_tower",
+    "cliplet.tower_files",
+    "cliplet.trunk_files",
+    "cliplet.view_kernels",
+    "cliplet.score_kernels",
+    "cliplet.runners.torch_runner",
+    "cliplet.runners.torch_encoder",
+}
 
 
 def module_name(path: Path) -> str:

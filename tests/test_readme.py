@@ -6,14 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import picture
 from PIL import Image
+from running import quick, repository_of
+from served import make_teacher
+
+from cliplet.deploy.server import TritonServer
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
+SERVER = "triton://127.0.0.1:8001"
 BLOCK = re.compile(r"(?P<note><!--[^\n]*-->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = [
     (m["language"], m["code"], re.findall(r"only planned with (--[a-z-]+)", m["note"] or ""))
@@ -32,17 +38,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server such as the README starts; its address."""
+    folder = tmp_path_factory.mktemp("served")
+    with TritonServer(
+        repository_of(folder / "repository", tiny=make_teacher(folder / "tiny")), quick()
+    ) as running:
+        running.wait_ready()
+        yield f"triton://127.0.0.1:{running.ports.grpc}"
+
+
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 6
     assert sum(len(planned) for _, _, planned in BLOCKS) == 2
 
 
 @pytest.mark.parametrize(("language", "code", "planned"), BLOCKS)
-def test_a_block_runs(place: Path, language: str, code: str, planned: list[str]) -> None:
+def test_a_block_runs(
+    place: Path, language: str, code: str, planned: list[str], request: pytest.FixtureRequest
+) -> None:
     if code.startswith("make "):
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert code.split()[1] in targets
         return
+    if SERVER in code:
+        code = code.replace(SERVER, request.getfixturevalue("server"))
     command = ["bash", "-euc", " ".join([code.rstrip(), *planned])]
     if language == "python":
         command = [sys.executable, "-c", code]
