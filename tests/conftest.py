@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 from helpers import Cli, picture, save_toy_clip
+from hypothesis import HealthCheck, settings
 from PIL import Image
+
+# No test fails since the machine was busy: Hypothesis limits the time of an example unless told otherwise.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True, scope="session")

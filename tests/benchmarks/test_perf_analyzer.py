@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import quick, repository_of, within
+from running import is_alive, quick, repository_of, within
 from served import make_student
 
 from benchmarks.perf_analyzer import NOT_INSTALLED, Load, find, input_data, measure, read_report
@@ -182,7 +182,7 @@ def test_a_run_without_a_report_says_why(program: Callable[..., str], url: str, 
 def test_a_run_that_does_not_end_is_ended_with_all_that_it_started(
     program: Callable[..., str], url: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.perf_analyzer.PATIENCE_S", 0.5)
+    monkeypatch.setattr("benchmarks.perf_analyzer.PATIENCE_S", 10)
     note = tmp_path / "pid"
     lines = (
         "import subprocess\nfrom pathlib import Path\nchild = subprocess.Popen(['sleep', '600'])\n"
@@ -191,7 +191,7 @@ def test_a_run_that_does_not_end_is_ended_with_all_that_it_started(
     with pytest.raises(EnvironmentError_, match="did not end within"):
         measure(program(lines), Load(url, images, clients=4, seconds=0.5))
     pid = int(note.read_text())
-    assert within(5, lambda: not Path(f"/proc/{pid}").exists())
+    assert within(60, lambda: not is_alive(pid))
 
 
 def test_its_data_are_tensors_with_lengths() -> None:

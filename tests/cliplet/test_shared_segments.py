@@ -99,9 +99,13 @@ def test_a_full_folder_is_noticed_before_it_is_written(
     assert not [name for name in set(os.listdir(FOLDER)) - before if f"-{os.getpid()}-" in name]
 
 
-def test_only_what_killed_processes_left_is_swept(pool: SegmentPool) -> None:
+def test_only_what_killed_processes_left_is_swept(pool: SegmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests' clients sweep at the same time; they leave a prefix of its own alone.
+    prefix = f"cliplet-swept-in-{os.getpid()}-"
+    monkeypatch.setattr(shared_segments, "PREFIX", prefix)
     code = (
-        "import os, signal; from cliplet.shared_segments import Segment; s = Segment(10);"
+        f"import os, signal; from cliplet import shared_segments; shared_segments.PREFIX = {prefix!r};"
+        "s = shared_segments.Segment(10);"
         "print(s.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

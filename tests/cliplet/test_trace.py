@@ -19,7 +19,7 @@ def test_spans_lie_in_their_threads_one_within_the_other() -> None:
             gate = threading.Barrier(2)
 
             def work(number: int) -> None:
-                gate.wait(10)
+                gate.wait(60)
                 with span("decode", image=number):
                     sleep(0.01)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from browser import open_chromium
 from PIL import Image
+from running import within
 
 from cliplet.deploy.gallery import GalleryOptions, quantised_scores, shown_statement, spread, write_gallery
 from cliplet.errors import ClipletError, DataError, EnvironmentError_, UsageError
@@ -489,8 +490,11 @@ def test_many_images_come_while_scrolling(chromium: Any, tmp_path: Path) -> None
     assert summary.statement in opened.page.locator("header").inner_text()
     assert opened.page.locator(".tile").count() < 500
     opened.page.keyboard.press("End")
-    for _ in range(10):
+
+    def all_there() -> bool:
         opened.page.evaluate("scrollTo(0, document.body.scrollHeight)")
         opened.page.wait_for_timeout(50)
-    assert opened.page.locator(".tile").count() == 500
+        return bool(opened.page.locator(".tile").count() == 500)
+
+    assert within(60, all_there)
     assert opened.complaints == []

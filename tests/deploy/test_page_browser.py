@@ -286,6 +286,7 @@ def test_another_model_labels_them_again(chromium: Any) -> None:
         visit.choose(a=png(color=CAT), b=png(color=DOG))
         visit.page.get_by_text("2 images").wait_for()
         visit.page.get_by_label("Model").select_option("small")
+        visit.tile("a").get_by_text("kite").wait_for()
         visit.tile("b").get_by_text("leaf").wait_for()
         assert visit.tags("a") == "kite 0.80"
         assert {model for model, *_ in visit.backend.seen[-2:]} == {"small"}

@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 from helpers import picture
 from PIL import Image
+from running import within
 from tritonclient.grpc import service_pb2
 
 from cliplet.deploy.server import TritonServer
@@ -167,8 +168,8 @@ class Target:
         for model, wanted in self.wanted.items():
             for protocol in PROTOCOLS:
                 assert self.labels(protocol, model) == list(wanted), (model, protocol)
-        ready = self.call("GET", "/readyz", port="page")
-        assert ready.status == 200, ready.body
+        # The page may still be letting go of connections.
+        assert within(60, lambda: self.call("GET", "/readyz", port="page").status == 200)
         assert self.pids == pids
 
 

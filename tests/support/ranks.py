@@ -274,7 +274,7 @@ PARTS: dict[str, Callable[[Path, Path], dict[str, Found]]] = {"centres": _centre
 
 def _run(folder: Path, part: str, rank: int, world: int, first: int) -> None:
     torch.set_num_threads(1)
-    store, patience = f"file://{folder}/{world}.store", timedelta(seconds=60)
+    store, patience = f"file://{folder}/{world}.store", timedelta(seconds=250)
     distributed.init_process_group("gloo", store, patience, world_size=world, rank=rank)
     out = folder / str(world)
     for name, arrays in PARTS[part](out, folder / str(first)).items():

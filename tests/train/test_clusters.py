@@ -387,7 +387,7 @@ def test_a_killed_run_continues_and_ends_as_an_undisturbed_one(tmp_path: Path) -
 
     whole = subprocess.run(command("whole", "0"), capture_output=True, text=True, check=True)
     assert whole.stdout.splitlines()[-1] == "0"
-    with subprocess.Popen(command("killed", "0.1"), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command("killed", "0.4"), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(5):
             assert process.stdout.readline() == "iteration\n"
@@ -396,7 +396,7 @@ def test_a_killed_run_continues_and_ends_as_an_undisturbed_one(tmp_path: Path) -
     assert read_clusters(tmp_path / "killed", {}) is None
     other = subprocess.run(command("killed", "0", "13"), capture_output=True, text=True, check=True)
     assert other.stdout.splitlines()[-1] == "0", "another run does not continue this one"
-    with subprocess.Popen(command("killed", "0.1"), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command("killed", "0.4"), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(5):
             assert process.stdout.readline() == "iteration\n"

@@ -333,7 +333,7 @@ def test_a_killed_run_continues_and_ends_with_the_rows_of_an_undisturbed_one(
     assert whole.stdout.splitlines()[-1] == "38"
     done = 0
     for batches in (4, 3):
-        with subprocess.Popen(command("killed", "0.05"), stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command("killed", "0.3"), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _ in range(batches):
                 assert process.stdout.readline() == "batch\n"

@@ -163,7 +163,7 @@ def test_a_cache_decodes_what_it_keeps_once_and_keeps_no_more_than_its_limit(
 def test_a_cache_counts_an_image_once_that_two_threads_bring_at_the_same_time(
     images: list[ImageRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
     reads = 0
 
     def noted(ref: ImageRef) -> bytes:
@@ -207,7 +207,7 @@ def test_whoever_stops_taking_stops_the_making() -> None:
 
     def make(item: int) -> None:
         made.append(item)
-        time.sleep(0.1 if item else 0)
+        time.sleep(1 if item else 0)
 
     taken = ahead(make, range(1000), 1)
     next(taken)

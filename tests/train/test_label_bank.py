@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -220,17 +221,21 @@ with LabelBank.open(Path(sys.argv[1]), paths=paths, classes=["a"] * 50, views=20
         for index in failing:
             bank.fail(index, "read", f"no {index}")
         bank.flush()
-        time.sleep(0.001)
+        print("kept", flush=True)
+        time.sleep(0.01)
 """
 
 
 def test_a_killed_writer_leaves_no_done_row_without_its_data(tmp_path: Path) -> None:
     settled = 0
-    for images, seconds in ((4000, 0.02), (4000, 0.1), (6000, 0.05), (6000, 0.0)):
+    chance = random.Random(5)
+    for images, stretches in ((4000, 3), (4000, 40), (6000, 20), (6000, 0)):
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(images)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdout.readline() == "open\n"
-            time.sleep(seconds)
+            for _ in range(stretches):
+                assert process.stdout.readline() == "kept\n"
+            time.sleep(chance.random() * 0.02)
             process.kill()
         bank = LabelBank.read(tmp_path)
         done = np.flatnonzero(bank.done)
