@@ -34,6 +34,10 @@ CLUSTERS = 200
 BASE = {"loss": "mlcd", "positives": 8, "negative_rate": 0.1, "scale": 8}
 # Small batches: of 4,000 images an epoch has few steps.
 BATCH, LEARNING_RATE = 32, 0.003
+# Settings with a flag of their own; the others go through --set.
+FLAGS = {"positives": "--positives", "negative_rate": "--negative-rate"}
+# What is told of the clusters, whose images have a labels.csv beside them.
+QUALITY = ("purity", "conflict", "nmi")
 UNTRAINED = "random weights, own statistics"
 # Rows by name: what differs from BASE.
 ROWS: dict[str, dict[str, Any]] = {
@@ -74,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/mlcd"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/mlcd"), help="folder of all runs; continues there"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--epochs", type=int, default=6, help="of each trunk")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--rows", default="|".join(ROWS), help="rows separated by | (default: all)")
     parser.add_argument("--no-students", action="store_true", help="leave out the CCD students")
     options = parser.parse_args(argv)
@@ -127,6 +133,7 @@ def described(
                 "linear_11_point": _mean([r["linear"]["mAP_11_point"] for r in reports]),
                 "knn": _mean([max(q["mAP"] for q in r["knn"].values()) for r in reports]),
                 "retrieval": _mean([r["retrieval"]["mAP_at_R"] for r in reports]),
+                "clusters": _quality([r["clusters"] for r in reports]),
             }
             for row, reports in found.items()
         },
@@ -134,6 +141,13 @@ def described(
             start: _mean([r["measured"]["map"] for r in reports]) for start, reports in students.items()
         },
     }
+
+
+def _quality(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the clusters agree with the labels: shares of 1; empty for runs of before it was told."""
+    shares = {name: [one[name] for one in found if one.get(name) is not None] for name in QUALITY}
+    # A single positive leaves no conflict to speak of.
+    return {name: _mean(values) for name, values in shares.items() if values}
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
@@ -153,7 +167,8 @@ def _probed(place: Place, row: str, seed: int) -> Callable[[], dict[str, Any]]:
         settings = BASE | ({} if row == UNTRAINED else ROWS[row])
         # `--loss` sets what belongs to a loss, too.
         given = [f"--loss={settings.pop('loss')}"]
-        given += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        for name, value in settings.items():
+            given += [FLAGS[name], str(value)] if name in FLAGS else ["--set", f"{name}={value}"]
         # A rate of 0 leaves the weights where the seed put them; batch norm still learns its statistics.
         epochs, rate = (1, 0.0) if row == UNTRAINED else (place.epochs, LEARNING_RATE)
         _cliplet(
@@ -168,8 +183,9 @@ def _probed(place: Place, row: str, seed: int) -> Callable[[], dict[str, Any]]:
             *("--out", str(out / "probe"), "--measures", "linear,knn,retrieval", "--seed", "0"),
         )
         report: dict[str, Any] = json.loads((out / "probe" / "report.json").read_text())["measured"]
+        clusters = json.loads((out / "mlcd" / "report.json").read_text())["clusters"]
         log.info("%s, seed %d: linear probe %.1f", row, seed, report["linear"]["mAP"])
-        return report
+        return report | {"clusters": clusters.get("quality", {})}
 
     return work
 

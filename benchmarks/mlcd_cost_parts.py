@@ -21,13 +21,14 @@ from cliplet.machine import peak_memory_bytes
 # Groups that the made embeddings lie in, and the noise about each: cosines of 0.8 within a group and 0 between them.
 GROUPS, NOISE = 2000, 0.5
 WARM_UP = 2
+RANKS_PATIENCE_S = 900  # for several processes on few cores
 
 
 def main() -> int:
     """Do the task."""
     task = json.loads(sys.argv[1])
     parts: dict[str, Callable[..., dict[str, Any]]]
-    parts = {"clusters": clusters, "loss": loss, "training": training}
+    parts = {"clusters": clusters, "loss": loss, "training": training, "ranks": ranks}
     print(json.dumps(parts[task.pop("part")](**task)))
     return 0
 
@@ -96,6 +97,60 @@ def loss(clusters: int, rate: float, width: int, batch: int, positives: int, ste
         "grown_mb": ((peak_memory_bytes() or 0) - before) / 1e6,
         "stated_mb": stated / 1e6,
     }
+
+
+def ranks(
+    clusters: int, world: int, rate: float, width: int, batch: int, positives: int, steps: int
+) -> dict[str, Any]:
+    """By how much the memory of a process grows where so many hold the centres together (gloo): the largest of them.
+
+    Beside it what `memory_per_rank` states, which counts arrays alone: the growth has torch's own in it, too.
+
+    Args:
+        batch: images of a step over all processes.
+    """
+    import multiprocessing
+
+    from cliplet.train.class_centres import memory_per_rank
+
+    each = -(-batch // world)
+    task = {"clusters": clusters, "rate": rate, "width": width, "batch": each, "positives": positives}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        with context.Pool(world, maxtasksperchild=1) as pool:
+            jobs = [pool.apply_async(_rank, (r, world, meeting, steps, task)) for r in range(world)]
+            grown = [job.get(RANKS_PATIENCE_S) for job in jobs]
+    stated = memory_per_rank(clusters, width, each, positives, world, rate)
+    return {"stated_mb": stated / 1e6, "grown_mb": max(grown) / 1e6}
+
+
+def _rank(rank: int, world: int, meeting: str, steps: int, task: dict[str, Any]) -> int:
+    """Bytes by which this process's memory grew in some steps of its share of the centres."""
+    import torch
+    from torch import distributed
+
+    from cliplet.train.class_centres import ClassCentres
+    from cliplet.train.cluster_losses import LossSettings
+
+    # Two cores for all: more threads would wait for each other, and each has memory of its own.
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    settings = LossSettings(negative_rate=task["rate"], positives=task["positives"])
+    generator = torch.Generator().manual_seed(rank)
+    before = peak_memory_bytes() or 0
+    centres = ClassCentres(task["clusters"], task["width"], settings)
+    optimizer = torch.optim.AdamW(centres.parameters(), lr=1e-3, foreach=False)
+    for step in range(steps):
+        features = torch.randn(task["batch"], task["width"], generator=generator).requires_grad_()
+        labels = torch.randint(task["clusters"], (task["batch"], task["positives"]), generator=generator)
+        centres(features, labels, step).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    grown = (peak_memory_bytes() or 0) - before
+    distributed.barrier()
+    distributed.destroy_process_group()
+    return grown
 
 
 def training(clusters: int, rate: float, images: str, trunk: str, side: int, batch: int) -> dict[str, Any]:

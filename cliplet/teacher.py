@@ -149,7 +149,7 @@ def load_teacher(spec: ModelSpec, device: str = "cpu") -> Teacher:
         raise UsageError(
             f"{spec}: {error}",
             "the architecture that these weights were trained with",
-            f"--model open_clip:{spec.open_clip_name}-quickgelu/{spec.pretrained}",
+            f"name the model open_clip:{spec.open_clip_name}-quickgelu/{spec.pretrained}",
         ) from error
     # open_clip asserts what it expects of a checkpoint's shapes.
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
@@ -165,7 +165,7 @@ def _explained(spec: ModelSpec, error: Exception) -> Exception:
         return UsageError(
             f"open_clip has no architecture {spec.open_clip_name!r}",
             f"one of its {len(known)} models",
-            f"--model open_clip:{close or known[0]}/PRETRAINED",
+            f"name the model open_clip:{close or known[0]}/PRETRAINED",
         )
     if spec.weights_file is not None:
         return DataError(
@@ -178,12 +178,12 @@ def _explained(spec: ModelSpec, error: Exception) -> Exception:
         return UsageError(
             f"{spec.open_clip_name} has no pretrained weights {spec.pretrained!r}, and no such file exists",
             f"a file, or one of {', '.join(tags) or '(none)'}",
-            f"--model open_clip:{spec.open_clip_name}/{(spec.closest(spec.pretrained or '', tags) or 'FILE')}",
+            f"name the model open_clip:{spec.open_clip_name}/{(spec.closest(spec.pretrained or '', tags) or 'FILE')}",
         )
     return EnvironmentError_(
         f"cannot get the weights of {spec}: {text}",
         "a connection to the model hub, or weights on this machine",
-        f"download them elsewhere and use --model open_clip:{spec.open_clip_name}/PATH/TO/WEIGHTS",
+        f"download them elsewhere and name the model open_clip:{spec.open_clip_name}/PATH/TO/WEIGHTS",
     )
 
 

@@ -1,6 +1,6 @@
 """A trunk that `cliplet train mlcd` made, on disk: a network that turns images into features, and how it is fed.
 
-    trunk, config = load_trunk(Path("runs/mine/trunk"))
+    trunk, config = load_trunk(Path("runs/trunk/trunk"))
     features = trunk(normalised_pixels)
 
     FOLDER/trunk.json                    configuration, how it was trained, and which file holds the weights
@@ -24,7 +24,7 @@ from torch import nn
 
 from cliplet.checkpoint import load_arrays, load_details, save_arrays
 from cliplet.errors import ArtifactError, UsageError
-from cliplet.model_spec import TRUNK_STEM
+from cliplet.model_spec import TRUNK_PREFIX, TRUNK_STEM
 from cliplet.views import Preprocessing
 
 OPEN_CLIP = "open_clip:"
@@ -161,6 +161,30 @@ def save_trunk(
 def is_trunk_folder(folder: Path) -> bool:
     """Whether `save_trunk` wrote to this folder."""
     return (folder / f"{TRUNK_STEM}.json").exists()
+
+
+def holds_whole_trunk(folder: Path) -> bool:
+    """Whether `folder` holds a trunk's details and the file of its weights; what that holds is not read."""
+    try:
+        return (folder / trunk_details(folder)["arrays"]).is_file()
+    except ArtifactError:
+        return False
+
+
+def refuse_near_trunk(name: str) -> None:
+    """Raise `UsageError` where a name that means nothing leads to a trunk, whose name is then told.
+
+    It may lack the prefix, or be the folder of the whole run in which the trunk lies.
+    """
+    folder = Path(name.removeprefix(TRUNK_PREFIX))
+    for place in (folder, folder / "trunk"):
+        if is_trunk_folder(place) and name != f"{TRUNK_PREFIX}{place}":
+            what = "trunk, which is named otherwise" if place == folder else "run, whose trunk lies in it"
+            raise UsageError(
+                f"{folder} is the folder of a {what}",
+                f"{TRUNK_PREFIX}FOLDER, where FOLDER holds {TRUNK_STEM}.json",
+                f"name {TRUNK_PREFIX}{place} instead of {name}",
+            )
 
 
 def trunk_details(folder: Path) -> dict[str, Any]:

@@ -68,8 +68,16 @@ def lay_out(
     Args:
         images: the column `path`, and what else is to be kept of each image.
         row, dtype: shape and type of an image's row.
+
+    Raises:
+        DataError: a bank that is continued has fewer rows or states than images: zeros would pass for what was lost.
+        EnvironmentError_: the folder cannot be written.
     """
     begun = (folder / kind.description).exists()
+    if begun:
+        promised = len(read_images(folder, kind))
+        mapped(folder / kind.rows, kind, (promised, *row))
+        mapped(folder / STATE, kind, (promised,))
     with explained_os_errors(folder):
         _set_length(folder / kind.rows, (len(images), *row), dtype)
         _set_length(folder / STATE, (len(images),), np.dtype("|u1"))
@@ -222,5 +230,5 @@ def _end_last_line(path: Path) -> None:
 
 def _broken(path: Path, kind: BankKind, why: str) -> DataError:
     return DataError(
-        f"cannot read {path}: {why}", f"a whole {kind.noun}", f"run the {kind.maker} with overwrite"
+        f"cannot read {path}: {why}", f"a whole {kind.noun}", f"run the {kind.maker} again with overwrite"
     )

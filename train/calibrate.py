@@ -157,10 +157,11 @@ def cross_validate(
         DataError: no image has any class.
     """
     if not 2 <= folds <= len(scores_NC):
+        images = len(scores_NC)
         raise UsageError(
-            f"{folds} folds of {len(scores_NC)} images",
+            f"{folds} folds of {images} images",
             "at least 2 folds, and no more than images",
-            "--folds 5",
+            f"--folds {min(FOLDS, images)}" if images > 1 else "choose two images or more",
         )
     few = truth_NC.sum(0) < min_positives
     fold_N = np.random.default_rng(seed).permutation(len(scores_NC)) % folds

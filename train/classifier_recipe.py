@@ -44,17 +44,22 @@ CHOICES = {
     "crop_shape": ("square", "stretched"),
     "selection": ("held_out", "released", "last"),
 }
-_COUNT, _AMOUNT, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+_COUNT, _AMOUNT, _SHARE, _POSITIVE = (1, math.inf), (0, math.inf), (0, 1), (0.01, math.inf)
 # Least and largest value; other numbers may be any finite one.
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "batch", "accumulate", "image_size", "region_size"), _COUNT),
     **dict.fromkeys(("update_every", "max_regions"), _COUNT),
     **dict.fromkeys(("seed", "warmup_epochs", "updates", "teacher_size", "softmax_scale"), _AMOUNT),
     **dict.fromkeys(("learning_rate", "head_factor", "weight_decay", "crop_margin"), _AMOUNT),
+    **dict.fromkeys(("train_scenes", "eval_scenes", "max_entropy", "consistency"), _AMOUNT),
+    **dict.fromkeys(("focus_negative", "focus_positive"), _AMOUNT),
     **dict.fromkeys(("cam_threshold", "blend", "average", "held_out", "local_threshold"), _SHARE),
+    **dict.fromkeys(("threshold_start", "known_negative_below", "unsure_weight", "focus_clip"), _SHARE),
+    **dict.fromkeys(("boost", "label_step_sigma", "mean_classes", "expected_count"), _POSITIVE),
+    "floor": (-1, 1),
+    "large_loss_percent": (0, 100),
     "jitter": (0, 0.5),  # hues turn by at most half a circle
     "smoothing": (0, 0.5),
-    **dict.fromkeys(("boost", "label_step_sigma"), (0.01, math.inf)),
 }
 
 
@@ -106,8 +111,8 @@ class ClassifierRecipe:
         boost: alpha of BoostLU (coeff). image_size: side of its input.
 
     Schedule:
-        epochs; warmup_epochs: on the first labels alone; updates: how many label updates (inf_num);
-        update_every: epochs from one to the next.
+        epochs; warmup_epochs: on the first labels alone; updates: how many label updates (inf_num), as far as
+            there are epochs for them; update_every: epochs from one to the next.
         batch: images a step over all processes; accumulate: parts it is computed in.
         learning_rate: of the trunk; head_factor: times that for the head. weight_decay.
         average: decay of the running average of the weights that is evaluated and kept; 0 is none.
@@ -208,6 +213,12 @@ class ClassifierRecipe:
                 f"held_out is {self.held_out} with selection {self.selection!r}",
                 "a share between 0 and 1, above 0 for held_out",
                 "--set held_out=0.1",
+            )
+        if self.average == 1:
+            raise UsageError(
+                "average is 1.0 in a recipe, which keeps the weights from before the first step for good",
+                "a decay below 1, or 0 for none",
+                "--set average=0.999",
             )
         if (self.scoring == "one_by_one") != (self.teacher_size > 0):
             raise UsageError(

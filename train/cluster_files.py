@@ -56,7 +56,6 @@ class Clusters:
             assignment: `exact`, or else the inverted index's `recall` of the true L nearest, measured on `rows`
                 images against brute force; `training_recall` of the true nearest, as it is set in training.
             seconds: of k-means in this run, and of assigning all images.
-            quality: with true labels, what `cluster_quality` gives.
     """
 
     centres_KD: np.ndarray

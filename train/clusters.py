@@ -27,7 +27,6 @@ from .cluster_files import PROGRESS
 from .cluster_files import Clusters as Clusters
 from .cluster_files import read_clusters as read_clusters
 from .cluster_files import write_clusters as write_clusters
-from .cluster_quality import cluster_quality
 from .embedding_rows import hashes_of_sound_rows, in_memory, stretches
 from .kmeans import RECALL_ROWS, Iteration, KMeans, NearestCentres, train_kmeans
 
@@ -86,7 +85,6 @@ def cluster(
     quiet: bool = False,
     *,
     paths: Sequence[str] | None = None,
-    truth_NC: np.ndarray | None = None,
     kept: Path | None = None,
     save_every_s: float = 60.0,
 ) -> Clusters:
@@ -97,7 +95,6 @@ def cluster(
             for the sample of k-means, which is held in memory.
         done_N: bool [N].
         paths: of the images, for error messages.
-        truth_NC: [N, C], above 0 where an image has the class; only for `stats`.
         kept: folder for the centres of unfinished runs, which the same call continues: the one that is later given
             to `write_clusters`.
         save_every_s: seconds between two times at which they are written.
@@ -132,8 +129,6 @@ def cluster(
         "assignment": assignment,
         "seconds": {"kmeans": trained - began, "assignment": perf_counter() - trained},
     }
-    if truth_NC is not None:
-        stats["quality"] = cluster_quality(nearest_NL, truth_NC, settings.clusters)
     reseeded = sum(told.reseeded for told in iterations)
     return Clusters(centres_KD, nearest_NL, similarity_NL, sizes_K, reseeded, stats)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -35,6 +36,11 @@ def collection_table(images: Sequence[ImageRef]) -> pa.Table:
         "changed": pa.array([changed for _, changed in states], pa.int64()),
     }
     return pa.table(columns)
+
+
+def facts_of(table: pa.Table) -> dict[str, Any]:
+    """What tells a collection from others, ready for JSON: `count` of images, and `sha256` of its table."""
+    return {"count": len(table), "sha256": digest_of(table)}
 
 
 def digest_of(table: pa.Table) -> str:

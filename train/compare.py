@@ -21,20 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning_fabric import Fabric
 
 from cliplet.artifact import library_versions
+from cliplet.datasets import Dataset
 from cliplet.errors import ClipletError, DataError, UsageError
 from cliplet.labels import write_atomically
 from cliplet.progress import ProgressBar
 from cliplet.pseudo_labels import cdul_labels
 
-from .classifier_recipe import METHODS, ClassifierRecipe
+from .classifier_recipe import WITH_TRUTH, ClassifierRecipe
 from .compare_plot import comparison_plot
+from .compare_rows import MENDS_ON_REQUEST, compared_recipes
 from .feed import PixelCache
 from .loop import RunOptions
 from .measuring import evaluation_map
-from .paper import reported
-from .recipes import classifier_recipe, classifier_recipes, with_method
+from .paper import reported, reported_table
+from .recipes import classifier_recipe, with_method
 from .run_data import DataOptions, run_data
 from .teacher_labels import PassOptions, teacher_labels
 from .train_classifier import TrainOptions, train_classifier
@@ -42,20 +45,6 @@ from .world import launched
 
 log = logging.getLogger("cliplet")
 CACHE_BYTES = 2 << 30  # of decoded images in each process; what does not fit is decoded again
-# Parts of CCD taken away, and its mends undone, one at a time.
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "no part of CCD": {"label_update": False, "debias": False, "consistency": 0.0},
-    "label update": {"debias": False, "consistency": 0.0},
-    "label update + debias": {"consistency": 0.0},
-    "label update + consistency": {"debias": False},
-    "ccd, 3x3 snippets in the first labels": {"views": "1+3x3"},
-    "ccd, ImageNet normalisation": {"teacher_normalisation": "imagenet"},
-    "ccd, first-to-last-pixel boxes": {"box_rule": "first_last", "crop_shape": "stretched"},
-    "ccd, softmax scale 20": {"softmax_scale": 20.0},
-    "ccd, two label updates": {"updates": 2},
-    "ccd, walked threshold": {"threshold_search": "walk", "mean_classes": 4.0},
-    "ccd, unsure images weigh 0.1": {"unsure_weight": 0.1},
-}
 
 
 @dataclass(frozen=True)
@@ -63,9 +52,10 @@ class CompareOptions:
     """What is compared, and how it is carried out.
 
     Attributes:
-        names: rows, see `compared_recipes`; empty is all.
+        names: rows, see `compare_rows`; empty is all but those of `MENDS_ON_REQUEST`.
         seeds: each row is trained with seeds 0 … seeds - 1.
         jobs: runs at a time; threads: of each.
+        teacher_runtime: see `cliplet.train.teacher_labels.PassOptions`; for the rows that leave the choice.
     """
 
     names: tuple[str, ...] = ()
@@ -75,38 +65,27 @@ class CompareOptions:
     workers: int = 1
     data: DataOptions = DataOptions()
     device: str = "cpu"
+    teacher_runtime: str | None = None
     overrides: Mapping[str, Any] | None = None
     quiet: bool = False
-
-
-def compared_recipes(data: str) -> dict[str, ClassifierRecipe]:
-    """The rows of the comparison on a data set: methods, ablations of CCD, the public code's CCD where known."""
-    base = classifier_recipe(f"{data}_ccd")
-    rows = {method: with_method(base, method) for method in METHODS}
-    rows |= {name: replace(base, **changed) for name, changed in ABLATIONS.items()}
-    released = f"{data}_ccd_released"
-    if released in classifier_recipes():
-        rows["ccd_released"] = classifier_recipe(released)
-    return rows
 
 
 def compare(data: str, out: Path, options: CompareOptions) -> dict[str, Any]:
     """The comparison, after writing it to `out`; runs that are done there are not repeated.
 
     Raises:
-        UsageError: no such row.
+        UsageError: no such row, or nothing to measure by.
         DataError: a run failed; the others were finished first.
     """
-    rows = compared_recipes(data)
-    unknown = [name for name in options.names if name not in rows]
-    if unknown:
-        raise UsageError(f"no row {', '.join(map(repr, unknown))}", f"some of: {', '.join(rows)}")
-    chosen = {
-        name: replace(recipe, **(options.overrides or {}))
-        for name, recipe in rows.items()
-        if not options.names or name in options.names
-    }
-    teachers = _teacher_rows(chosen, out, options)
+    chosen = chosen_recipes(data, options)
+    base = with_method(replace(classifier_recipe(f"{data}_ccd"), **(options.overrides or {})), "ccd")
+    fabric = launched("fp32", options.device, out)
+    learned, evaluation = run_data(base, out, options.data, fabric, options.quiet)
+    if evaluation is None:
+        raise _nothing_to_measure_by(base)
+    if learned.truth_NC is None:
+        chosen = _without_truth(chosen, options)
+    teachers = _teacher_rows(base, evaluation, fabric, out, options)
     jobs = [
         (name, seed, replace(recipe, seed=seed))
         for seed in range(options.seeds)
@@ -122,7 +101,8 @@ def compare(data: str, out: Path, options: CompareOptions) -> dict[str, Any]:
             else:
                 reports[name][seed] = outcome
             bar.advance(1)
-    result = summarised(data, chosen, reports, teachers)
+    table = reported_table(data, len(evaluation.vocabulary.names), len(evaluation.images))
+    result = summarised(data, chosen, reports, teachers, table)
     write_comparison(result, out)
     if failed:
         raise DataError(
@@ -131,6 +111,58 @@ def compare(data: str, out: Path, options: CompareOptions) -> dict[str, Any]:
             "mend the cause, then the same command does only what is missing",
         )
     return result
+
+
+def chosen_recipes(data: str, options: CompareOptions) -> dict[str, ClassifierRecipe]:
+    """The rows that the options name, with their overrides.
+
+    Raises:
+        UsageError: no such row, or no split to measure on.
+    """
+    rows = compared_recipes(data)
+    unknown = [name for name in options.names if name not in rows]
+    if unknown:
+        raise UsageError(f"no row {', '.join(map(repr, unknown))}", f"some of: {', '.join(rows)}")
+    names = options.names or [name for name in rows if name not in MENDS_ON_REQUEST]
+    chosen = {
+        name: replace(recipe, **(options.overrides or {})) for name, recipe in rows.items() if name in names
+    }
+    for recipe in chosen.values():
+        if not recipe.eval_split:
+            raise _nothing_to_measure_by(recipe)
+    return chosen
+
+
+def _nothing_to_measure_by(recipe: ClassifierRecipe) -> UsageError:
+    split = (
+        f"its split {recipe.eval_split} has no labels"
+        if recipe.eval_split
+        else "its recipes have no eval_split"
+    )
+    mend = "--set eval_split=all, with a labels.csv beside the images"
+    return UsageError(
+        f"a comparison on {recipe.dataset} has nothing to measure by: {split}",
+        "labelled images to evaluate on",
+        mend if recipe.dataset == "folder" else "--set eval_split=SPLIT, one with labels",
+    )
+
+
+def _without_truth(
+    chosen: Mapping[str, ClassifierRecipe], options: CompareOptions
+) -> dict[str, ClassifierRecipe]:
+    """The rows that need no labels of the training images.
+
+    Raises:
+        UsageError: a row that does was asked for by its name.
+    """
+    impossible = [name for name, recipe in chosen.items() if recipe.method in WITH_TRUTH]
+    if options.names and impossible:
+        raise UsageError(
+            f"the rows {', '.join(impossible)} learn from true labels, and the training images have none",
+            "rows that need none",
+            "leave them out of --rows",
+        )
+    return {name: recipe for name, recipe in chosen.items() if name not in impossible}
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
@@ -163,11 +195,14 @@ _cache: PixelCache | None = None  # of this process, for all runs that it carrie
 def _run(recipe: ClassifierRecipe, folder: Path, out: Path, options: CompareOptions) -> dict[str, Any] | str:
     global _cache
     _cache = _cache or PixelCache(CACHE_BYTES)
+    # The public code's normalisation, and its way to score one by one, run in torch only.
+    free = recipe.scoring == "batched" and recipe.teacher_normalisation == "own"
     train = TrainOptions(
         data=shared_data(options, out),
         banks=out / "banks",
         device=options.device,
         threads=options.threads,
+        teacher_runtime=options.teacher_runtime if free else None,
         run=RunOptions(workers=options.workers, cache=_cache, evaluate_epochs=False, quiet=True),
     )
     try:
@@ -185,19 +220,21 @@ def shared_data(options: CompareOptions, out: Path) -> DataOptions:
 
 
 def _teacher_rows(
-    chosen: Mapping[str, ClassifierRecipe], out: Path, options: CompareOptions
+    recipe: ClassifierRecipe, evaluation: Dataset, fabric: Fabric, out: Path, options: CompareOptions
 ) -> dict[str, float]:
     """The teacher's own mAP on the evaluation split, with the whole image and with what CDUL looks at."""
-    recipe = next(iter(chosen.values()))
-    base = replace(with_method(recipe, "ccd"), scoring="batched", teacher_size=0, teacher_normalisation="own")
-    fabric = launched("fp32", options.device, out)
-    _, evaluation = run_data(base, out, options.data, fabric, options.quiet)
-    if evaluation is None:
-        return {}
-    passes = PassOptions(out / "banks", options.workers, options.quiet)
+    base = replace(recipe, scoring="batched", teacher_size=0, teacher_normalisation="own")
+    passes = PassOptions(out / "banks", options.workers, options.quiet, options.teacher_runtime)
     found = {}
     for views in ("1", "1+3x3"):
         taught = teacher_labels(replace(base, views=views), evaluation, fabric, passes)
+        if taught.errors:
+            log.warning(
+                "%d evaluation images unreadable, so without a part in any mAP, such as %s: %s",
+                len(taught.errors),
+                taught.errors[0].path,
+                taught.errors[0].reason,
+            )
         scores_NC = np.where(taught.done_N[:, None], cdul_labels(taught.probs_NVC), np.nan)
         found[f"teacher, views {views}"] = evaluation_map(scores_NC, evaluation)
     return found
@@ -208,8 +245,13 @@ def summarised(
     chosen: Mapping[str, ClassifierRecipe],
     reports: Mapping[str, Mapping[int, Mapping[str, Any]]],
     teachers: Mapping[str, float],
+    table: str | None,
 ) -> dict[str, Any]:
-    """The comparison as JSON: for each row its mAPs, mean and deviation, and what the papers report."""
+    """The comparison as JSON: for each row its mAPs, mean and deviation, and what the papers report.
+
+    Args:
+        table: of the papers' numbers, see `paper.reported_table`.
+    """
     rows = {}
     for name, recipe in chosen.items():
         by_seed = reports[name]
@@ -221,10 +263,17 @@ def summarised(
             "map": _spread(maps),
             "last_map": _spread(last),
             "label_map": _spread([value for value in labels if value is not None]),
-            "reported": reported(data, name),
+            "unreadable": max((len(by_seed[seed]["measured"]["unreadable"]) for seed in by_seed), default=0),
+            "reported": reported(table, name),
             "seconds": [sum(r["seconds"] for r in by_seed[s]["history"]) for s in sorted(by_seed)],
         }
-    return {"data": data, "teacher": dict(teachers), "rows": rows, "versions": library_versions()}
+    return {
+        "data": data,
+        "reported_on": table,
+        "teacher": dict(teachers),
+        "rows": rows,
+        "versions": library_versions(),
+    }
 
 
 def _label_map(report: Mapping[str, Any]) -> float | None:
@@ -249,10 +298,14 @@ def write_comparison(result: Mapping[str, Any], out: Path) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, best first within methods and within ablations."""
-    where = "VOC12" if result["data"] in ("scenes", "folder") else result["data"].upper()
+    """The comparison as a Markdown table, best first.
+
+    A row that lost evaluation images says how many. Records of the scene world have no `reported_on`.
+    """
+    table = result.get("reported_on", "voc12")
+    reports = "reported" if table is None else f"reported, {table.upper()}"
     lines = [
-        f"| row | mAP | last epoch | labels learned from | reported, {where} |",
+        f"| row | mAP | last epoch | labels learned from | {reports} |",
         "|---|---|---|---|---|",
     ]
     lines += [f"| {name} | {value:.1f} | | | |" for name, value in result["teacher"].items()]
@@ -260,6 +313,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, row in ordered:
         paper = "" if row["reported"] is None else f"{row['reported']:.1f}"
         cells = [_shown(row[key]) for key in ("map", "last_map", "label_map")]
+        if row.get("unreadable"):
+            cells[0] += f" ({row['unreadable']:,} images unreadable)"
         lines.append(f"| {name} | {' | '.join(cells)} | {paper} |")
     return "\n".join(lines) + "\n"
 

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cliplet.classifier import load_classifier
-from cliplet.errors import UsageError
+from cliplet.errors import ClipletError, UsageError
 from cliplet.images import Picture
 from cliplet.machine import usable_cores
-from cliplet.model_spec import parse_model_spec
+from cliplet.model_spec import ModelSpec, parse_model_spec
 from cliplet.runners import engine_failure
 from cliplet.runners.torch_encoder import DTYPES
 from cliplet.snippets import cut_views
 from cliplet.teacher import ImageTower, load_teacher
 from cliplet.tower_files import PREFIX, read_tower_normalisation
-from cliplet.trunk_files import is_trunk_folder, load_trunk
+from cliplet.trunk_files import is_trunk_folder, load_trunk, refuse_near_trunk
 from cliplet.views import Preprocessing, Views, place_on_canvas
 from cliplet.vision_tower import PooledTower, load_vision_tower
 
@@ -129,7 +129,7 @@ def teacher_embedder(
 
 def load_encoder(model: str) -> Encoder:
     """The encoder that `model` names, on the CPU; see `teacher_embedder`."""
-    spec = parse_model_spec(model)
+    spec = encoder_spec(model)
     if spec.trunk is not None:
         return _trunk(model, spec.trunk)
     if spec.classifier is not None:
@@ -146,10 +146,24 @@ def load_encoder(model: str) -> Encoder:
     return Encoder(model, ImageTower(teacher.clip), teacher.preprocessing)
 
 
+def encoder_spec(model: str) -> ModelSpec:
+    """What `model` names; the folder of a run in which a trunk lies is refused with the trunk's name.
+
+    Raises:
+        UsageError, DataError: it names no model.
+    """
+    try:
+        return parse_model_spec(model)
+    except ClipletError:
+        refuse_near_trunk(model)
+        raise
+
+
 def _trunk(model: str, folder: Path) -> Encoder:
     if is_trunk_folder(folder):
         trunk, config = load_trunk(folder)
         return Encoder(model, trunk, config.preprocessing)
+    refuse_near_trunk(model)
     tower = load_vision_tower(folder)
     mean, std = read_tower_normalisation(folder)
     # As CLIP's image processor does it: the shorter side to S, then the middle square.

@@ -32,7 +32,7 @@ from cliplet.progress import ProgressBar
 
 from . import bank_files
 from .bank_files import BankKind
-from .collection import collection_table, differences, digest_of
+from .collection import collection_table, differences, facts_of
 from .feed import ahead
 from .image_rows import ImageRows, held_lock
 
@@ -82,6 +82,7 @@ class EmbedOptions:
         batch: images that are embedded at once.
         dtype: of the file: `float16` or `float32`.
         overwrite: forget embeddings that are there, even those of another collection.
+        retry_failed: try images again that failed in an earlier run.
     """
 
     workers: int = 0
@@ -89,6 +90,7 @@ class EmbedOptions:
     quiet: bool = False
     dtype: str = "float16"
     overwrite: bool = False
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.workers < 0 or self.dtype not in DTYPES:
@@ -153,14 +155,13 @@ class EmbeddingFile(ImageRows):
         if not images:
             raise UsageError("no images to embed", "one or more", "choose a folder with images in it")
         table = collection_table(images)
-        found = {"count": len(images), "sha256": digest_of(table)}
         identity = json.loads(json.dumps(dict(embedder.identity)))
         wanted = {
             "embedder": identity,
             "views": "1",
             "width": embedder.width,
             "dtype": dtype,
-            "images": found,
+            "images": facts_of(table),
         }
         # Runs that share embeddings wait for the one that makes them.
         with held_lock(folder, wait=True) as lock:
@@ -203,7 +204,7 @@ def embed_images(
     """The embeddings of `images`, from `folder` as far as they are there, and written there.
 
     Images that cannot be read, decoded or embedded (a row that is not finite, or of length 0) are recorded as
-    failed; they are not tried again.
+    failed; they are not tried again unless `retry_failed` is set.
 
     Raises:
         UsageError: the folder holds the embeddings of other files or of another embedder, or no images.
@@ -217,6 +218,8 @@ def embed_images(
         folder, images, embedder, dtype=options.dtype, overwrite=options.overwrite
     ) as file:
         before = int(file.done.sum())
+        if options.retry_failed:
+            file.retry_failed()
         _embed_pending(file, images, embedder, options)
         embedded = int(file.done.sum()) - before
     found = read_embeddings(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from .threshold_entry import Calibration
 
 C = TypeVar("C", bound=Callable[..., Any])
+# Options of `calibrate` that only some of its methods use; those of pseudo-labels are checked with the settings.
+METHODS_OF_OPTION = {
+    "pseudo_threshold": ("pseudo-f1",),
+    "folds": ("f1", "pseudo-f1"),
+    "min_positives": ("f1", "pseudo-f1"),
+    "seed": ("f1", "pseudo-f1"),
+}
 KINDS = ("voc07", "voc12", "coco14", "coco17", "nus", "ccd", "scenes", "folder")
 # Tables with more classes show the lowest and the highest of them.
 MOST_CLASSES = 24
@@ -112,15 +120,17 @@ def evaluate(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) 
 @click.option(
     "--mean-per-image", type=float, help="expected-count: known mean number of classes in an image."
 )
-@click.option("--folds", type=int, default=5, show_default=True, help="Of the cross-validation.")
+@click.option(
+    "--folds", type=int, default=5, show_default=True, help="f1, pseudo-f1: of the cross-validation."
+)
 @click.option(
     "--min-positives",
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
-    help="Classes with fewer positives get the global threshold.",
+    help="f1, pseudo-f1: classes with fewer positives get the global threshold.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the folds.")
+@click.option("--seed", type=int, default=0, show_default=True, help="f1, pseudo-f1: of the folds.")
 @click.option(
     "--out", type=FILE, help="File to write. Default: thresholds.json of a classifier, a bundle's manifest."
 )
@@ -133,6 +143,7 @@ def calibrate(model: str, out: Path | None, as_json: bool, quiet: bool, **option
     from . import threshold_entry
     from .scoring import ScoringOptions, score_dataset
 
+    _refuse_unused(options["method"])
     names = ("method", "pseudo", "pseudo_threshold", "mean_per_image", "folds", "min_positives", "seed")
     settings = threshold_entry.CalibrationSettings(**{name: options[name] for name in names})
     place = threshold_entry.place_of_entry(model, out)
@@ -146,6 +157,22 @@ def calibrate(model: str, out: Path | None, as_json: bool, quiet: bool, **option
         click.echo(json.dumps(found.entry, indent=2, ensure_ascii=False))
     elif not quiet:
         _tell_calibration(found, model, place, out)
+
+
+def _refuse_unused(method: str) -> None:
+    """Raise `UsageError` if the command line has an option that the method does not use."""
+    from cliplet.errors import UsageError
+
+    context = click.get_current_context()
+    for name, methods in METHODS_OF_OPTION.items():
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if given and method not in methods:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--method {method} with {option}, which it does not use",
+                f"that option for --method {' or '.join(methods)} only",
+                f"leave {option} out",
+            )
 
 
 def _open(model: str, options: dict[str, Any], *, for_training: bool) -> Dataset:

@@ -5,6 +5,7 @@ Legend: B images of a batch, S side of an image.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
@@ -16,6 +17,15 @@ def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     """The source of all randomness of one step, whichever process or resumed run asks."""
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + step
     return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def seed_layers(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Let the layers that draw for themselves (dropout, stochastic depth) draw what this step of this process draws.
+
+    They ask torch's own generator, whose state a resumed run does not have.
+    """
+    mixed = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed) % 2**63)
 
 
 def flips(count: int, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from cliplet.progress import ProgressBar
 
 from .classifier_recipe import ClassifierRecipe
 from .feed import SMALLEST_BATCH, ImageBatch, PixelCache, epoch_batches, image_batches, share_of
-from .jitter import flips, jitter_parameters, jittered, mirrored, step_generator
+from .jitter import flips, jitter_parameters, jittered, mirrored, seed_layers, step_generator
 from .objectives import Objective, Step
 from .predict import PRECISIONS, unit_pixels
 from .run_state import Progress, has_run_state, load_run_state, save_run_state
@@ -271,6 +271,7 @@ def train_step(learning: Learning, batch: ImageBatch, wanted: int, step: int) ->
     if not len(batch.indices_B):
         raise _nothing_left(learning, batch)
     generator = step_generator(recipe.seed, learning.progress.epoch, step)
+    seed_layers(recipe.seed, learning.progress.epoch, step, fabric.global_rank)
     draws = _Draws(wanted, recipe.jitter, generator, fabric)
     parts = np.array_split(np.arange(len(batch.indices_B)), min(recipe.accumulate, len(batch.indices_B)))
     # The processes' gradients are averaged; one with more images of the batch than others counts for more.

@@ -20,7 +20,7 @@ from .loop import Learning
 from .predict import prediction_batches, scored_batches
 from .run_state import Progress
 from .selection import held_out_map, is_chosen
-from .world import summed
+from .world import gathered, summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Watch:
         positives_NC = learning.objective.positives_NC
         if len(self.held_out):
             part = learning.data.subset(self.held_out)
-            found = predictions(learning, part)
+            found = predictions(learning, part).scores_NC
             seen = np.isfinite(found).all(1)
             held_out = held_out_map(found[seen], positives_NC[self.held_out][seen])
             # Labels that name no class judge nothing, and JSON has no nan.
@@ -47,7 +47,8 @@ class Watch:
             row["train_map"] = mean_average_precision(learning.train_scores_NC[learning.indices], exact_NC)
         last = row["epoch"] + 1 == recipe.epochs
         if self.evaluation is not None and (last or learning.options.evaluate_epochs):
-            row["eval_map"] = evaluation_map(predictions(learning, self.evaluation), self.evaluation)
+            scores_NC = predictions(learning, self.evaluation).scores_NC
+            row["eval_map"] = evaluation_map(scores_NC, self.evaluation)
         if is_chosen(recipe, progress.history, row, progress.chosen):
             progress.chosen = row["epoch"]
             if learning.fabric.is_global_zero:
@@ -55,14 +56,25 @@ class Watch:
                 save_classifier(self.folder, learning.classifier, details)
 
 
-def predictions(learning: Learning, data: Dataset, classifier: Classifier | None = None) -> np.ndarray:
-    """Scores float32 [N, C] of the classifier under way, or of another; nan for unreadable images.
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a classifier says of a data set.
 
-    The processes share the work.
+    Attributes:
+        scores_NC: float32 [N, C], rows of unreadable images are nan.
+        unreadable: path to reason of these.
     """
+
+    scores_NC: np.ndarray
+    unreadable: dict[str, str]
+
+
+def predictions(learning: Learning, data: Dataset, classifier: Classifier | None = None) -> Measured:
+    """Scores of the classifier under way, or of another; the processes share the work."""
     fabric = learning.fabric
     scores_NC = np.zeros((len(data.images), len(data.vocabulary.names)), np.float32)
     seen_N = np.zeros(len(data.images), np.uint8)
+    unreadable: list[tuple[str, str]] = []
     for scored in scored_batches(
         classifier or learning.classifier,
         data.images,
@@ -73,9 +85,10 @@ def predictions(learning: Learning, data: Dataset, classifier: Classifier | None
     ):
         scores_NC[scored.images.indices_B] = scored.logits_BC.sigmoid().cpu().numpy()
         seen_N[scored.images.indices_B] = 1
+        unreadable += [(data.images[index].path, reason) for index, reason in scored.images.failed]
     whole_NC = summed(fabric, scores_NC)
     whole_NC[summed(fabric, seen_N) == 0] = np.nan
-    return whole_NC
+    return Measured(whole_NC, dict(gathered(fabric, unreadable)))
 
 
 def evaluation_map(scores_NC: np.ndarray, data: Dataset) -> float:
@@ -95,17 +108,17 @@ def evaluated(
     if evaluation is None:
         return {}
     chosen = classifier_from(folder, learning)
-    scores_NC = predictions(learning, evaluation, chosen)
-    seen = np.isfinite(scores_NC).all(1)
+    found = predictions(learning, evaluation, chosen)
+    seen = np.isfinite(found.scores_NC).all(1)
     assert evaluation.truth_NC is not None
-    precisions = 100 * average_precisions(scores_NC[seen], evaluation.truth_NC[seen])
+    precisions = 100 * average_precisions(found.scores_NC[seen], evaluation.truth_NC[seen])
     each = [row["eval_map"] for row in progress.history if "eval_map" in row]
     return {
         "map": float(precisions.mean()),
         "last_map": each[-1],
         "best_map": max(each),
         "ap": dict(zip(evaluation.vocabulary.names, precisions.tolist(), strict=True)),
-        "unreadable": [path for path, fine in zip(evaluation.paths, seen, strict=True) if not fine],
+        "unreadable": found.unreadable,
     }
 
 

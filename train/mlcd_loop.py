@@ -30,7 +30,7 @@ from cliplet.progress import ProgressBar
 from .class_centres import ClassCentres
 from .crops import ROOM, crop_draws, cropped
 from .feed import SMALLEST_BATCH, ImageBatch, epoch_batches, image_batches, share_of
-from .jitter import step_generator
+from .jitter import seed_layers, step_generator
 from .loop import LOG_STEPS, RunOptions, not_finite
 from .mlcd_recipe import MlcdRecipe
 from .predict import PRECISIONS, unit_pixels
@@ -213,6 +213,7 @@ def train_step(learning: TrunkLearning, batch: ImageBatch, wanted: int, step: in
     labels = torch.from_numpy(learning.labels_NL[batch.indices_B].astype(np.int64)).to(fabric.device)
     number = epoch * (learning.steps // recipe.epochs) + step
     _set_rates(learning, number)
+    seed_layers(recipe.seed, epoch, step, fabric.global_rank)
     features = times_world(learning.model(crops.contiguous(memory_format=learning.layout)))
     with fabric.autocast():
         loss = learning.centres(features, labels, number)

@@ -134,10 +134,12 @@ class MlcdRecipe:
         labels = self.loss_settings().used_positives
         wanted = self.clusters or max(images // IMAGES_PER_CLUSTER, labels + 1)
         if not labels < wanted <= images:
+            # Fewer than two images cannot be divided at all.
+            mend = f"--clusters {max(images // 2, 2)} --positives {max(min(labels, images // 4), 1)}"
             raise DataError(
                 f"{images:,} images in {wanted:,} clusters, of which {labels} are an image's labels",
-                "more images than clusters, and more clusters than labels",
-                f"--clusters {max(images // 2, 2)} --positives {max(min(labels, images // 4), 1)}",
+                "at least as many images as clusters, and more clusters than labels",
+                mend if images >= 2 else "name more images: twenty a cluster are usual",
             )
         return wanted
 

@@ -6,7 +6,8 @@ The comparison of annotation-free methods and the ablation on VOC 2012 are those
 
 from __future__ import annotations
 
-# Rows of the comparison by data set and by our names for the methods.
+# Rows of the comparison by data set and by our names for the methods. `nus` is the family of the public code's
+# arrays (81 classes, 60,260 images to evaluate on), whose numbers do not compare with those of the official lists.
 REPORTED: dict[str, dict[str, float]] = {
     "voc12": {
         "bce": 90.1, "bce_ls": 91.6, "an": 85.5, "an_ls": 86.8, "wan": 84.2, "durand": 81.3, "role": 82.6,
@@ -35,7 +36,26 @@ REPORTED_ABLATION = {
 }
 
 
-def reported(data: str, name: str) -> float | None:
-    """The papers' mAP of a row: of the data set itself, or of VOC 2012 for the scene world and for ablations."""
-    table = REPORTED.get("voc12" if data in ("scenes", "folder") else data, {})
-    return table.get(name, REPORTED_ABLATION.get(name) if data in ("voc12", "scenes", "folder") else None)
+# The arrays of the public code by their classes and their evaluation images.
+ARRAYS = {(20, 5_823): "voc12", (20, 4_952): "voc07", (80, 40_137): "coco14", (81, 60_260): "nus"}
+
+
+def reported_table(kind: str, classes: int, images: int) -> str | None:
+    """Which table of `REPORTED` may stand beside results on a data set; None if the papers have no such split.
+
+    Args:
+        kind: of `cliplet.datasets.open_dataset`. The scene world and one's own folders stand beside VOC 2012.
+        classes, images: of the evaluation split.
+    """
+    if kind == "ccd":
+        return ARRAYS.get((classes, images))
+    if kind in ("scenes", "folder"):
+        return "voc12"
+    return kind if kind in REPORTED and kind != "nus" else None
+
+
+def reported(table: str | None, name: str) -> float | None:
+    """The papers' mAP of a row in one of the tables; ablations are of VOC 2012 alone."""
+    if table is None:
+        return None
+    return REPORTED[table].get(name, REPORTED_ABLATION.get(name) if table == "voc12" else None)

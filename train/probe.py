@@ -26,13 +26,13 @@ from cliplet.datasets import Dataset
 from cliplet.errors import DataError, UsageError
 from cliplet.labels import write_atomically
 from cliplet.lock import lock_folder
-from cliplet.model_spec import ModelSpec, parse_model_spec
+from cliplet.model_spec import ModelSpec
 from cliplet.teacher import load_teacher
 from cliplet.tower_files import PREFIX
 from cliplet.trunk_files import is_trunk_folder
 from cliplet.vocabulary import Vocabulary
 
-from .embedder import teacher_embedder
+from .embedder import encoder_spec, teacher_embedder
 from .embeddings import Embedder, EmbedOptions, embed_images
 from .probe_judge import Labelled
 from .probe_measures import MEASURES, ProbeOptions, TextScores, probe_features
@@ -98,7 +98,7 @@ def text_model(model: str) -> ModelSpec | None:
     """The CLIP that `model` names; None for encoders without a text tower."""
     if model.startswith(PREFIX) or is_trunk_folder(Path(model)):
         return None
-    spec = parse_model_spec(model)
+    spec = encoder_spec(model)
     scores_only = spec.classifier is not None or spec.bundle is not None or spec.server is not None
     return None if scores_only else spec
 

@@ -81,7 +81,9 @@ def box_of_maps(maps_Rhw: Tensor, size: int, threshold: float, rule: str) -> Ten
     inside_RSS = inside_RSS | empty_R[:, None, None]
     if rule == "first_last":
         first, last = _ends(inside_RSS.flatten(1))
-        x0, y0, x1, y1 = first % size, first // size, last % size, last // size
+        y0, y1 = first // size, last // size
+        # The last pixel may lie to the left of the first; both belong to the box.
+        x0, x1 = (first % size).minimum(last % size), (first % size).maximum(last % size)
     else:
         x0, x1 = _ends(inside_RSS.any(1))
         y0, y1 = _ends(inside_RSS.any(2))
@@ -96,13 +98,9 @@ def _ends(line_RN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widened(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes [..., 4] with `margin` added on all sides, cut off at the image's edges.
-
-    The corners of the `first_last` rule may be the wrong way round from left to right; they are put in order.
-    """
-    x0, x1 = boxes[..., 0].minimum(boxes[..., 2]), boxes[..., 0].maximum(boxes[..., 2])
-    wide = torch.stack([x0 - margin, boxes[..., 1] - margin, x1 + margin, boxes[..., 3] + margin], -1)
-    return wide.clamp(0, 1)
+    """Boxes [..., 4] with `margin` added on all sides, cut off at the image's edges."""
+    reach = torch.tensor([-margin, -margin, margin, margin], device=boxes.device)
+    return (boxes + reach).clamp(0, 1)
 
 
 def squared(boxes_R4: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -91,14 +91,23 @@ def make_scenes(recipe: ClassifierRecipe, root: Path, quiet: bool = False) -> No
     partial.rename(root)
 
 
-def refuse_too_few(data: Dataset, recipe: ClassifierRecipe, unreadable: Mapping[str, str]) -> None:
-    """Raise `DataError` unless there are two batches of images beside those that are unreadable: path to reason."""
-    count = len(data.images)
-    if count >= 2 * recipe.batch:
+def refuse_too_few(learned: int, held_out: int, batch: int, unreadable: Mapping[str, str]) -> None:
+    """Raise `DataError` unless there are two batches of images to learn from.
+
+    Args:
+        learned, held_out: how many images are learned from, and are kept for the choice of an epoch.
+        unreadable: those that are neither: path to reason.
+    """
+    if learned >= 2 * batch:
         return
     lost = "".join(f"; {path}: {reason}" for path, reason in list(unreadable.items())[:1])
+    # What a usual share of held-out images would leave, where nearly all are held out.
+    possible = round(0.9 * (learned + held_out)) if held_out > learned else learned
+    mends = ["--set held_out=0.1"] if held_out > learned else []
+    if possible < 2 * batch:
+        mends.append(f"--batch-size {possible // 2}")
     raise DataError(
-        f"{count} images to learn from, {len(unreadable)} could not be read{lost}",
-        f"at least two batches of {recipe.batch}",
-        f"--batch-size {count // 2}" if count > 1 else "choose images that can be decoded",
+        f"{learned} images to learn from beside {held_out} held out, {len(unreadable)} could not be read{lost}",
+        f"at least two batches of {batch}",
+        " ".join(mends) if possible > 1 else "choose images that can be decoded",
     )

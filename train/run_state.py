@@ -1,6 +1,6 @@
 """Everything that a stopped run needs to go on as if it had not stopped: weights, optimiser, labels, counters.
 
-Randomness needs no state: it is drawn anew from seed, epoch and step.
+Randomness needs no state: it is drawn anew from seed, epoch and step, that of the network's own layers included.
 """
 
 from __future__ import annotations

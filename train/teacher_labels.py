@@ -54,11 +54,14 @@ class PassOptions:
         banks: folder of the label banks.
         workers: threads that decode.
         quiet: no progress bar.
+        runtime: the engine of a teacher that scores in batches, one of `cliplet.plan.RUNTIMES`; None is `onnx`, or
+            `torch` for a normalisation that is not the teacher's own.
     """
 
     banks: Path
     workers: int = 1
     quiet: bool = False
+    runtime: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +109,7 @@ def teacher_labels(
         quiet = options.quiet or rank > 0
         part = {"part": f"{rank} of {world}", **(purpose or {})}
         with (
-            _asker(recipe, vocabulary, str(fabric.device.type)) as asker,
+            _asker(recipe, vocabulary, str(fabric.device.type), options.runtime) as asker,
             ProgressBar("teacher" if boxes is None else "regions", len(own), quiet=quiet) as bar,
         ):
             shifted = None if boxes is None else _shifted(boxes, int(own[0]))
@@ -146,8 +149,16 @@ class _Asker(Protocol):
         ...
 
 
-def _asker(recipe: ClassifierRecipe, vocabulary: Vocabulary, device: str) -> _Asker:
-    return (_OneByOne if recipe.scoring == "one_by_one" else _Batched)(recipe, vocabulary, device)
+def _asker(recipe: ClassifierRecipe, vocabulary: Vocabulary, device: str, runtime: str | None) -> _Asker:
+    if recipe.scoring == "batched":
+        return _Batched(recipe, vocabulary, device, runtime)
+    if runtime not in (None, "torch"):
+        raise UsageError(
+            f"the teacher's runtime {runtime} with scoring one_by_one, which has images of any aspect",
+            "the runtime torch",
+            "--teacher-runtime torch, or leave the option out",
+        )
+    return _OneByOne(recipe, vocabulary, device)
 
 
 def _filled(
@@ -179,7 +190,9 @@ def _filled(
 class _Batched:
     """Views and regions of many images together, through whichever engine."""
 
-    def __init__(self, recipe: ClassifierRecipe, vocabulary: Vocabulary, device: str) -> None:
+    def __init__(
+        self, recipe: ClassifierRecipe, vocabulary: Vocabulary, device: str, runtime: str | None
+    ) -> None:
         self.vocabulary = vocabulary
         self.scale = recipe.softmax_scale
         own = recipe.teacher_normalisation == "own"
@@ -189,7 +202,7 @@ class _Batched:
             views=recipe.views,
             normalisation=cast(Literal["own", "imagenet"], recipe.teacher_normalisation),
             whole_image=cast(Literal["own", "squash"], recipe.whole_image),
-            runtime="onnx" if own else "torch",
+            runtime=runtime or ("onnx" if own else "torch"),
             device=device,
             threads=torch.get_num_threads(),
         )

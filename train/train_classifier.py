@@ -48,11 +48,14 @@ SELECTION_SALT = 2  # tells the random choice of held-out images from others of 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where a run finds its images and how it is carried out; nothing here changes what it ends with.
+    """Where a run finds its images and how it is carried out.
+
+    Nothing here changes what it ends with, but for the rounding of the device and of the teacher's engine.
 
     Attributes:
         banks: folder of the label banks, by default in the run's own.
         threads: of torch on the CPU; 0 leaves torch's choice.
+        teacher_runtime: see `PassOptions`.
         overwrite: forget what an earlier run left in the folder.
     """
 
@@ -60,6 +63,7 @@ class TrainOptions:
     banks: Path | None = None
     device: str = "cpu"
     threads: int = 0
+    teacher_runtime: str | None = None
     overwrite: bool = False
     run: RunOptions = RunOptions()
 
@@ -104,10 +108,12 @@ def _train(
     options: TrainOptions,
     fabric: Fabric,
 ) -> dict[str, Any]:
-    passes = PassOptions(options.banks or out / "banks", options.run.workers, options.run.quiet)
+    banks = options.banks or out / "banks"
+    passes = PassOptions(banks, options.run.workers, options.run.quiet, options.teacher_runtime)
     taught = None if recipe.method in WITH_TRUTH else teacher_labels(recipe, data, fabric, passes)
     kept = data if taught is None or taught.done_N.all() else data.subset(np.flatnonzero(taught.done_N))
-    refuse_too_few(kept, recipe, _unreadable(taught))
+    held_out, learned = split_held_out(recipe, len(kept.images))
+    refuse_too_few(len(learned), len(held_out), recipe.batch, _unreadable(taught))
     probs_NVC = None if taught is None else taught.probs_NVC[taught.done_N]
     objective = make_objective(recipe, probs_NVC, kept)
     first = _first_labels(recipe, probs_NVC, objective, kept)
@@ -115,7 +121,6 @@ def _train(
     classifier = new_classifier(recipe, kept.vocabulary)
     if recipe.method == "ccd" and recipe.label_update:
         refuse_fixed_size(classifier, recipe)
-    held_out, learned = split_held_out(recipe, len(kept.images))
     learning = Learning(recipe, fabric, objective, classifier, kept, learned, out / "checkpoint", options.run)
     learning.resume()
     precision = read_back_precision(learning)

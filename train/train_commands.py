@@ -13,11 +13,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from cliplet.plan import RUNTIMES
+
 from .classifier_recipe import METHODS, ClassifierRecipe
 from .commands import tiny
+from .compare_rows import MENDS_ON_REQUEST
 from .mlcd_commands import mlcd
 from .probe_commands import probe
-from .recipes import classifier_recipe, classifier_recipes
+from .recipes import classifier_recipe, classifier_recipes, data_sets
 from .report_lines import tell_lost
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -30,7 +33,8 @@ class Recipes(click.Group):
     """The group `train`: every recipe of a classifier is a subcommand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *(n for n in classifier_recipes() if "ccd" in n)]
+        shown = (n for n in classifier_recipes() if n.endswith(("_ccd", "_ccd_released")))
+        return [*super().list_commands(ctx), *shown]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         own = super().get_command(ctx, cmd_name)
@@ -53,6 +57,7 @@ def run_options(command: C) -> C:
         click.option("--no-count-check", is_flag=True, help="Take a public data set with another number of images than the official one."),
         click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Any other setting of the recipe; --show lists them."),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Refused, never replaced, if it cannot be used."),
+        click.option("--teacher-runtime", type=click.Choice(RUNTIMES), help="Engine of the teacher, where it scores in batches. Default: onnx, or torch where the recipe feeds it another normalisation than its own."),
         click.option("--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Threads that decode."),
         click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Of torch on the CPU (0: its own choice)."),
         click.option("--quiet", is_flag=True, help="No progress and no summary."),
@@ -125,7 +130,7 @@ def _help(name: str, recipe: ClassifierRecipe) -> str:
         f"Train a {recipe.trunk} on {recipe.dataset}: {METHODS[recipe.method]}.\n\n"
         f"{recipe.teacher} labels the images. Writes OUT/classifier, OUT/report.json and curves for TensorBoard; "
         "a killed run continues. Of several GPUs all are used by: torchrun --nproc-per-node N -m cliplet.cli "
-        f"train {name} …"
+        f"train {name} --device cuda …"
     )
 
 
@@ -191,6 +196,7 @@ def _train_options(options: Mapping[str, Any], quiet: bool) -> Any:
         banks=options["banks"],
         device=options["device"],
         threads=options["threads"],
+        teacher_runtime=options["teacher_runtime"],
         overwrite=options["overwrite"],
         run=RunOptions(workers=options["workers"], quiet=quiet),
     )
@@ -204,23 +210,37 @@ def tell_report(report: Mapping[str, Any], out: Path, root: Path) -> None:
         f"{images['learned']:,} images learned from, {images['held_out']:,} held out, {report['precision']} on "
         f"{report['device']}"
     )
-    tell_lost(console, images["unreadable"], report["skipped"])
-    bias = report["labels"].get("bias", {})
-    unsure = [name for name, found in bias.items() if not found["sure_images"]]
-    if unsure:
-        console.print(
-            f"no image is surely of {', '.join(unsure)}: bias taken from the {recipe['bias_guard']}",
-            style="yellow",
-        )
-    console.print(_epochs(report))
     measured = report["measured"]
+    not_evaluated = measured.get("unreadable", {})
+    tell_lost(console, images["unreadable"], report["skipped"], not_evaluated)
+    for line in _doubts(report):
+        console.print(line, style="yellow")
+    console.print(_epochs(report))
     if measured:
+        evaluation = report["evaluation"]
         console.print(
-            f"mAP {measured['map']:.1f} on {report['evaluation']['name']} {report['evaluation']['split']} "
-            f"(last epoch {measured['last_map']:.1f}); chosen: epoch {report['chosen_epoch'] + 1}"
+            f"mAP {measured['map']:.1f} on {evaluation['images'] - len(not_evaluated):,} images of "
+            f"{evaluation['name']} {evaluation['split']} (last epoch {measured['last_map']:.1f}); "
+            f"chosen: epoch {report['chosen_epoch'] + 1}"
         )
     console.print(f"a classifier in {out / 'classifier'}, the whole report in {out / 'report.json'}")
     console.print(f"next: cliplet eval {out / 'classifier'} --data {recipe['dataset']} --root {root}")
+
+
+def _doubts(report: Mapping[str, Any]) -> list[str]:
+    """What went otherwise than the method means it to, a line each."""
+    recipe, bias = report["recipe"], report["labels"].get("bias", {})
+    unsure = [name for name, found in bias.items() if not found["sure_images"]]
+    lines = []
+    if unsure:
+        lines.append(f"no image is surely of {', '.join(unsure)}: bias taken from the {recipe['bias_guard']}")
+    low = recipe["mean_classes"]
+    return lines + [
+        f"epoch {row['epoch'] + 1} found no threshold with {low:g} to {low + 2:g} classes an image: "
+        f"the walk ended at {row['threshold']:.3f}"
+        for row in report["history"]
+        if not row.get("threshold_found", True)
+    ]
 
 
 def _epochs(report: Mapping[str, Any]) -> Table:
@@ -239,8 +259,9 @@ def _epochs(report: Mapping[str, Any]) -> Table:
 def train() -> None:
     """Train a classifier from images without labels, by a recipe: `cliplet train scenes_ccd --out runs/scenes`.
 
-    Recipes are named DATASET_METHOD; data sets: scenes, voc12, voc07, coco14, nus, folder; methods: ccd, cdul, an,
-    an_ls, wan, epr, role, durand, ll_r, ll_ct, ll_cp, asl, and with true labels bce, bce_ls.
+    Recipes are named DATASET_METHOD; data sets: scenes, voc12, voc07, coco14, coco17, nus, folder, and ccd for the
+    arrays that CCD's public code reads; methods: ccd, cdul, an, an_ls, wan, epr, role, durand, ll_r,
+    ll_ct, ll_cp, asl, and with true labels bce, bce_ls.
     """
 
 
@@ -253,11 +274,13 @@ train.add_command(probe)
 @run_options
 @click.option(
     "--data",
-    type=click.Choice(["scenes", "voc12", "voc07", "coco14", "nus", "folder"]),
+    type=click.Choice(data_sets()),
     required=True,
-    help="Which data set's recipes.",
+    help="Which data set's recipes. folder: with --set eval_split=all and a labels.csv beside the images.",
 )
-@click.option("--rows", help="Only these rows, separated by `|`. Default: all methods and ablations.")
+@click.option(
+    "--rows", help=f"Only these rows, separated by `|`. Default: all but: {' | '.join(MENDS_ON_REQUEST)}."
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each row.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
 def compare(
@@ -278,6 +301,7 @@ def compare(
         workers=options["workers"],
         data=_data_options(options),
         device=options["device"],
+        teacher_runtime=options["teacher_runtime"],
         overrides=parsed_settings(settings),
         quiet=quiet,
     )

@@ -16,7 +16,15 @@ from cliplet.errors import EnvironmentError_, UsageError
 from cliplet.model_spec import parse_model_spec
 from cliplet.teacher import load_teacher
 from cliplet.tower_files import read_tower_normalisation, tower_folder
-from cliplet.trunk_files import OPEN_CLIP, is_trunk_folder, load_trunk, trunk_config, trunk_details
+from cliplet.trunk_files import (
+    OPEN_CLIP,
+    is_timm_model,
+    is_trunk_folder,
+    load_trunk,
+    refuse_near_trunk,
+    trunk_config,
+    trunk_details,
+)
 from cliplet.views import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cliplet.vision_tower import read_tower_weights
 
@@ -27,10 +35,12 @@ def student_trunk(recipe: ClassifierRecipe) -> str:
     """What the student's configuration calls its trunk: of a folder that `train mlcd` wrote, the timm model in it.
 
     Raises:
-        UsageError: the folder holds no timm model.
+        UsageError: the folder holds no timm model, or a folder is named in another way than `mlcd:FOLDER`.
     """
     folder = own_trunk(recipe)
     if folder is None:
+        if tower_folder(recipe.trunk) is None and not is_timm_model(recipe.trunk):
+            refuse_near_trunk(recipe.trunk)
         return recipe.trunk
     name = trunk_config(folder).trunk
     if name.startswith(OPEN_CLIP):
@@ -43,15 +53,23 @@ def student_trunk(recipe: ClassifierRecipe) -> str:
 
 
 def own_trunk(recipe: ClassifierRecipe) -> Path | None:
-    """The folder that the recipe's trunk names, if `train mlcd` wrote it."""
+    """The folder that the recipe's trunk names, if `train mlcd` wrote it.
+
+    Raises:
+        UsageError: it is that of a run, in which the trunk's own folder lies.
+    """
     folder = tower_folder(recipe.trunk)
-    return folder if folder is not None and is_trunk_folder(folder) else None
+    if folder is None or is_trunk_folder(folder):
+        return folder
+    refuse_near_trunk(recipe.trunk)
+    return None
 
 
 def trunk_sha256(recipe: ClassifierRecipe) -> str | None:
     """Hash of the weights in the folder that the recipe's trunk names, if `train mlcd` wrote it.
 
     Raises:
+        UsageError: as `own_trunk`.
         ArtifactError: it is damaged.
     """
     folder = own_trunk(recipe)

@@ -35,7 +35,7 @@ def launched(precision: str, device: str, out: Path) -> Fabric:
     # What it says of precision and processes stands in the report.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if precision == "fp16" and device == "cpu":
-        raise UsageError("precision fp16 on the CPU", "fp32 or bf16 there", "--set precision=bf16")
+        raise UsageError("precision fp16 on the CPU", "fp32 or bf16 there", "--precision bf16")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Float32 means float32: on a GPU, convolutions would otherwise round to 10 bits of mantissa.

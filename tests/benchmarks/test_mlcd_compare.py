@@ -76,6 +76,7 @@ def test_a_run_writes_its_record_and_continues(tmp_path: Path, monkeypatch: pyte
     record = json.loads(file.read_text())
     assert list(record["rows"]) == [UNTRAINED, "MLCD"]
     assert all(0 < found["linear"]["mean"] < 100 for found in record["rows"].values())
+    assert all(0 < found["clusters"]["purity"]["mean"] <= 1 for found in record["rows"].values())
     trained = tmp_path / "runs" / "runs" / "MLCD-0" / "mlcd" / "report.json"
     before = trained.stat().st_mtime_ns
     assert mlcd_compare.main([*words, "--jobs", "1"]) == 0

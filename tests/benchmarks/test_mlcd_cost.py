@@ -14,8 +14,8 @@ from benchmarks.chapters.mlcd_cost import chapter
 from benchmarks.mlcd_cost_parts import made_embeddings
 
 
-def spread(value: float) -> dict[str, float]:
-    return {"median": value, "min": value - 1, "max": value + 1}
+def spread(value: float) -> dict[str, Any]:
+    return {"median": value, "min": value - 1, "max": value + 1, "all": [value - 1, value + 1]}
 
 
 def made_record() -> dict[str, Any]:
@@ -78,7 +78,8 @@ def test_a_run_measures_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     limits = {"by": "a test", "gop_per_s": {"fp32": 200.0}, "gb_per_s": 10.0, "notes": []}
     monkeypatch.setattr("cliplet.deploy.bench.machine_limits", lambda *_: limits)
-    assert mlcd_cost.main(["--most", "100", "--rows", "2000", "--images", "16", "--rounds", "1"]) == 0
+    small = ["--most", "100", "--rows", "2000", "--images", "16", "--rounds", "1"]
+    assert mlcd_cost.main([*small, "--only", "cost"]) == 0
     (file,) = tmp_path.iterdir()
     record = json.loads(file.read_text())
     assert [row["rate"] for row in record["rows"]["loss"]] == list(mlcd_cost.RATES)
@@ -88,3 +89,21 @@ def test_a_run_measures_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {row["precision"] for row in record["rows"]["training"]} == {"bf16"}
     assert all(row["images_per_s"]["median"] > 0 for row in record["rows"]["training"])
     assert "| 100 | 2,000 |" in chapter(record)
+
+
+def test_memory_of_a_process_falls_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    limits = {"by": "a test", "gop_per_s": {"fp32": 200.0}, "gb_per_s": 10.0, "notes": []}
+    monkeypatch.setattr("cliplet.deploy.bench.machine_limits", lambda *_: limits)
+    monkeypatch.setattr(mlcd_cost, "WORLDS", (1, 2))
+    assert mlcd_cost.main(["--only", "ranks", "--most", "20000", "--rounds", "1"]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("mlcd-ranks_")
+    record = json.loads(file.read_text())
+    one, two = record["rows"]["ranks"]
+    assert (one["world"], two["world"], one["clusters"]) == (1, 2, 20_000)
+    assert two["stated_mb"]["median"] < 0.7 * one["stated_mb"]["median"]
+    # Torch's own comes on top of what is stated, the more so with gloo.
+    assert two["grown_mb"]["median"] < one["grown_mb"]["median"]
+    assert one["grown_mb"]["median"] > 0.8 * one["stated_mb"]["median"]
+    assert record["environment"] == {"MALLOC_MMAP_THRESHOLD_": "65536"}

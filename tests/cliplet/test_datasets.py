@@ -386,6 +386,36 @@ def test_ccd_columns_follow_the_vocabulary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("classes", "split", "images", "official"),
+    [
+        (20, "train", 5_717, "5,717 or 5,011"),
+        (20, "train", 5_011, "5,717 or 5,011"),
+        (20, "val", 5_823, "5,823 or 4,952"),
+        (80, "val", 40_137, "40,137"),
+        (81, "val", 60_260, "60,260"),
+    ],
+)
+def test_sizes_of_ccd_arrays_follow_their_classes(
+    tmp_path: Path, classes: int, split: str, images: int, official: str
+) -> None:
+    names = np.array([f"{n}.jpg" for n in range(images)])
+    touch(tmp_path / "0.jpg")
+    ccd_arrays(tmp_path, names, np.zeros((images, classes), bool), split)
+    assert len(open_dataset("ccd", tmp_path, split).images) == images
+    ccd_arrays(tmp_path, names[:-1], np.zeros((images - 1, classes), bool), split)
+    said = f"(?s){images - 1:,} images of {classes} classes.*official {official}, .*--no-count-check"
+    with pytest.raises(DataError, match=said):
+        open_dataset("ccd", tmp_path, split)
+
+
+def test_ccd_arrays_of_other_classes_may_have_any_size(tmp_path: Path) -> None:
+    touch(tmp_path / "2008_000002.jpg")
+    ccd_arrays(tmp_path, CCD_NAMES, CCD_LABELS[:, :7])
+    own = Vocabulary(tuple(ClassName(f"class {c}") for c in range(7)))
+    assert len(open_dataset("ccd", tmp_path, "train", vocabulary=own).images) == 2
+
+
+@pytest.mark.parametrize(
     ("names", "labels", "message"),
     [
         (CCD_NAMES.astype(object), CCD_LABELS, "(?s)cannot read .*images.npy.*trust"),

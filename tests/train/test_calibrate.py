@@ -151,10 +151,21 @@ def test_classes_with_few_positives_get_the_global_threshold() -> None:
     assert f1_thresholds(scores, truth, min_positives=4).few == ()
 
 
-@pytest.mark.parametrize("folds", [0, 1, 301])
-def test_folds_that_cannot_be(folds: int) -> None:
-    with pytest.raises(UsageError, match="folds"):
-        cross_validate(*separable(0, 0.1), folds=folds)
+@pytest.mark.parametrize(
+    ("images", "folds", "mend"),
+    [
+        (300, 0, "--folds 5"),
+        (300, 1, "--folds 5"),
+        (300, 301, "--folds 5"),
+        (3, 5, "--folds 3"),
+        (2, 5, "--folds 2"),
+        (1, 5, "choose two images or more"),
+    ],
+)
+def test_folds_that_cannot_be(images: int, folds: int, mend: str) -> None:
+    with pytest.raises(UsageError, match="folds") as caught:
+        cross_validate(*separable(0, 0.1, images), folds=folds)
+    assert caught.value.fix == mend
 
 
 def test_labels_without_any_class_are_refused() -> None:
@@ -197,13 +208,17 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def data(folder: Path) -> list[object]:
-    return ["--data", "folder", "--root", folder, "--folds", 3, "--min-positives", 3]
+    return ["--data", "folder", "--root", folder]
+
+
+def folds(folder: Path) -> list[object]:
+    return [*data(folder), "--folds", 3, "--min-positives", 3]
 
 
 def test_a_classifier_keeps_its_thresholds(
     classifier: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run(capsys, "calibrate", classifier, *data(labelled))
+    code, out, err = run(capsys, "calibrate", classifier, *folds(labelled))
     assert code == 0, err
     assert "too few positives, so the global threshold: bird, horse" in out
     assert f"wrote {classifier / 'thresholds.json'}" in out
@@ -234,7 +249,7 @@ def test_a_bundle_keeps_its_thresholds_under_its_views(
     manifest = bundle / "cliplet.json"
     # With views 1 every aggregation is the same, but thresholds are looked up by it.
     manifest.write_text(manifest.read_text().replace('"kind": "cdul"', '"kind": "mean"'))
-    code, out, err = run(capsys, "calibrate", bundle, *data(labelled), "--views", "1", "--json")
+    code, out, err = run(capsys, "calibrate", bundle, *folds(labelled), "--views", "1", "--json")
     assert code == 0, err
     values = json.loads(out)["values"]
     calibrated = make_plan(TaggerSettings(model=str(bundle), views="1"))
@@ -306,7 +321,8 @@ def test_pseudo_labels(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(pseudo)
-    code, _, err = run(capsys, "calibrate", classifier, *data(labelled), "--quiet", *options)
+    needed = data(labelled) if "expected-count" in options else folds(labelled)
+    code, _, err = run(capsys, "calibrate", classifier, *needed, "--quiet", *options)
     if message is None:
         assert code == 0, err
         entry = json.loads((classifier / "thresholds.json").read_text())
@@ -316,6 +332,25 @@ def test_pseudo_labels(
         assert not (classifier / "thresholds.json").exists()
         with pytest.raises(ClipletError, match=message):
             raise ClipletError(err)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("expected-count", ["--folds", "99"]),
+        ("expected-count", ["--min-positives", "10"]),
+        ("expected-count", ["--seed", "0"]),
+        ("expected-count", ["--pseudo-threshold", "0.5"]),
+        ("f1", ["--pseudo-threshold", "0.5"]),
+    ],
+)
+def test_options_that_a_method_does_not_use_are_refused(
+    method: str, option: list[str], classifier: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "calibrate", classifier, *data(labelled), "--method", method, *option)
+    assert code == 2
+    assert f"--method {method} with {option[0]}, which it does not use" in err
+    assert f"fix: leave {option[0]} out" in err
 
 
 def test_thresholds_of_other_classes_are_refused(

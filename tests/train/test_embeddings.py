@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -286,6 +285,29 @@ def test_damaged_files_are_named(
         read_embeddings(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["embeddings.npy", "state.npy"])
+def test_what_is_cut_off_is_refused_and_not_filled_up(name: str, folder: Path, tmp_path: Path) -> None:
+    images, out = listed(folder), tmp_path / "out"
+    whole = embed_images(images, out, Histogram(), FLOAT32).features_ND.tobytes()
+    size = (out / name).stat().st_size
+    os.truncate(out / name, size - 3)
+    with pytest.raises(DataError, match=f"cannot read .*{name}") as e:
+        embed_images(images, out, Histogram(), FLOAT32)
+    assert e.value.fix == "run the embedding again with overwrite"
+    assert (out / name).stat().st_size == size - 3
+    again = embed_images(images, out, Histogram(), EmbedOptions(**{**vars(FLOAT32), "overwrite": True}))
+    assert again.features_ND.tobytes() == whole
+
+
+def test_failed_images_are_tried_again_where_that_is_asked(folder: Path, tmp_path: Path) -> None:
+    embed_images(listed(folder), tmp_path / "out", Broken(refuse), FLOAT32)
+    found = embed_images(listed(folder), tmp_path / "out", Histogram(), FLOAT32)
+    assert names(found) == ["03.png", "04.png", "10.png"]
+    retried = EmbedOptions(**{**vars(FLOAT32), "retry_failed": True})
+    again = embed_images(listed(folder), tmp_path / "out", Histogram(), retried)
+    assert names(again) == ["04.png", "10.png"] and again.embedded == 1
+
+
 def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         with bank_files.explained_os_errors(path):
@@ -298,9 +320,9 @@ def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert embed_images(listed(folder), tmp_path / "out", Histogram(), FLOAT32).embedded == 9
 
 
-# It says after each batch that it is about to go on, and flushes after each.
+# It flushes after each batch, says that it begins with one, and waits to be killed in the one that it is told to.
 SLOW = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from cliplet.images import find_images
@@ -308,9 +330,12 @@ from cliplet.train import embeddings
 embeddings.FLUSH_EVERY_S = 0.0
 class Slow:
     identity, width, room = {"model": "slow"}, 16, {"fit": 64}
+    batches = 0
     def embed(self, pictures):
-        time.sleep(float(sys.argv[3]))
         print("batch", flush=True)
+        self.batches += 1
+        if self.batches == int(sys.argv[3]):
+            sys.stdin.read()
         # Rounding that depends on the company of an image, as matrix products have it.
         rows = np.stack([p.pixels.reshape(-1)[:16].astype(np.float32) + len(pictures) for p in pictures])
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -326,18 +351,18 @@ def test_a_killed_run_continues_and_ends_with_the_rows_of_an_undisturbed_one(
     for i in range(11, 40):
         Image.fromarray(picture(30, 30, seed=i)).save(folder / f"{i:02d}.png")
 
-    def command(out: str, seconds: str) -> list[str]:
-        return [sys.executable, "-c", SLOW, str(folder), str(tmp_path / out), seconds]
+    def command(out: str, waits_in: str) -> list[str]:
+        return [sys.executable, "-c", SLOW, str(folder), str(tmp_path / out), waits_in]
 
     whole = subprocess.run(command("whole", "0"), capture_output=True, text=True, check=True)
     assert whole.stdout.splitlines()[-1] == "38"
     done = 0
     for batches in (4, 3):
-        with subprocess.Popen(command("killed", "0.3"), stdout=subprocess.PIPE, text=True) as process:
+        arguments = command("killed", str(batches))
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _ in range(batches):
                 assert process.stdout.readline() == "batch\n"
-            time.sleep(0.02)
             process.kill()
         found = read_embeddings(tmp_path / "killed")
         assert done < found.done_N.sum() < 38

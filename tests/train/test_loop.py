@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from runs import STEPS, TOY, TOY_ARGUMENTS, ending, killed_at, killed_runs, toy_scenes, trained
 
@@ -21,6 +23,7 @@ from cliplet.errors import DataError
 from cliplet.train import loop
 from cliplet.train.classifier_recipe import ClassifierRecipe
 from cliplet.train.feed import ImageBatch, PixelCache
+from cliplet.train.jitter import seed_layers
 from cliplet.train.loop import Learning, RunOptions, read_back_precision, train_step
 from cliplet.train.objectives import Ccd, Objective
 from cliplet.train.recipes import with_method
@@ -110,6 +113,34 @@ def test_stopped_run_ends_as_an_undisturbed_one(
             trained(recipe, tmp_path / "stopped", scenes, **options)
     trained(recipe, tmp_path / "stopped", scenes, **options)
     assert ending(tmp_path / "stopped") == ending(tmp_path / "whole")
+
+
+def test_stopped_run_of_a_trunk_with_random_depth_ends_as_an_undisturbed_one(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers draw from torch's own generator, of which a checkpoint holds nothing."""
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: original(*a, **k, drop_path_rate=0.5))
+    recipe = with_method(replace(TOY, trunk="test_convnext", trunk_weights="random"), "bce")
+    trained(recipe, tmp_path / "whole", scenes, checkpoint_steps=2)
+    for moment in [(STEP, 4), (STEP, 3)]:
+        with killed_at(*moment):
+            trained(recipe, tmp_path / "stopped", scenes, checkpoint_steps=1)
+        torch.manual_seed(1234)  # as if another process went on
+    trained(recipe, tmp_path / "stopped", scenes, checkpoint_steps=1)
+    assert ending(tmp_path / "stopped") == ending(tmp_path / "whole")
+    # And depth is random at all: without it the run ends elsewhere.
+    monkeypatch.setattr(timm, "create_model", original)
+    trained(recipe, tmp_path / "full", scenes, checkpoint_steps=2)
+    assert ending(tmp_path / "full")["history"] != ending(tmp_path / "whole")["history"]
+
+
+def test_processes_and_steps_draw_other_layers() -> None:
+    drawn = set()
+    for seed, epoch, step, rank in itertools.product(range(2), repeat=4):
+        seed_layers(seed, epoch, step, rank)
+        drawn.add(float(torch.rand(1)))
+    assert len(drawn) == 16
 
 
 def test_labels_of_ll_cp_change_within_an_epoch(scenes: Path, banks: Path, tmp_path: Path) -> None:

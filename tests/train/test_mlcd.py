@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cliplet.checkpoint import load_arrays
 from cliplet.classifier import load_classifier, save_classifier
 from cliplet.errors import ArtifactError, ClipletError, DataError, UsageError
+from cliplet.images import ImageError
 from cliplet.listing import ImageRef
 from cliplet.lock import lock_folder
+from cliplet.train import embeddings as embeddings_module
 from cliplet.train import mlcd, mlcd_loop, mlcd_recipe
 from cliplet.train.class_centres import ClassCentres
 from cliplet.train.clusters import read_clusters
+from cliplet.train.embedder import load_encoder
 from cliplet.train.loop import RunOptions
 from cliplet.train.mlcd_loop import TrunkLearning, rate_at, set_gradient_checkpointing
 from cliplet.train.mlcd_recipe import CHOICES, LOSSES, RANGES, MlcdRecipe
@@ -287,6 +291,122 @@ def test_overwriting_starts_anew_but_keeps_embeddings_that_fit(
     assert ending(tmp_path) == before
 
 
+def spoilt_row(folder: Path) -> None:
+    rows = np.load(folder / "embeddings.npy", mmap_mode="r+")
+    rows[7] = np.nan
+    rows.flush()
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "embeddings.npy"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def of_another_schema(folder: Path) -> None:
+    (folder / "embeddings.json").write_text('{"schema": 9}')
+
+
+@pytest.mark.parametrize("harm", [spoilt_row, cut_off, of_another_schema])
+def test_overwriting_mends_embeddings_that_are_damaged(
+    harm: Callable[[Path], None], photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """As the error recommends; where they are shared, it recommends something else."""
+    recipe = replace(TOY, epochs=1)
+    own = Path(shutil.copytree(embeddings, tmp_path / "run" / "embeddings"))
+    harm(own)
+    with pytest.raises(ClipletError, match=r"not finite|cannot read .*embeddings.npy|schema 9") as e:
+        trained(recipe, photos, tmp_path / "run")
+    assert "overwrite" in e.value.fix
+    assert trained(recipe, photos, tmp_path / "run", overwrite=True)["images"]["learned"] == 60
+    assert np.array_equal(np.load(own / "embeddings.npy"), np.load(embeddings / "embeddings.npy"))
+    shared = Path(shutil.copytree(embeddings, tmp_path / "shared"))
+    harm(shared)
+    with pytest.raises(ClipletError) as e:
+        trained(recipe, photos, tmp_path / "other", embeddings=shared, overwrite=True)
+    assert e.value.fix.startswith(f"remove {shared}, or name another --embeddings")
+
+
+def test_shared_embeddings_of_a_changed_collection_name_another_mend(copied: Path, tmp_path: Path) -> None:
+    recipe, shared = replace(TOY, epochs=1), tmp_path / "shared"
+    trained(recipe, copied, tmp_path / "one", embeddings=shared)
+    (copied / "train_000004.jpg").unlink()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"1 file gone \(.*train_000004.jpg") as e:
+            trained(recipe, copied, tmp_path / "two", embeddings=shared, overwrite=overwrite)
+        assert e.value.fix.startswith(f"remove {shared}, or name another --embeddings")
+    shutil.rmtree(shared)
+    assert (
+        trained(recipe, copied, tmp_path / "two", embeddings=shared, overwrite=True)["images"]["learned"]
+        == 59
+    )
+
+
+def test_overwriting_tries_failed_images_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, load = replace(TOY, epochs=1), embeddings_module._load_image
+
+    def fails_once(ref: ImageRef, room: Any) -> Any:
+        return ImageError("read", "away") if ref.path.endswith("000005.jpg") else load(ref, room)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embeddings_module, "_load_image", fails_once)
+        report = trained(recipe, photos, tmp_path)
+    assert list(report["images"]["unreadable"].values()) == ["read: away"]
+    again = trained(recipe, photos, tmp_path, overwrite=True)
+    assert again["images"] == {"learned": 60, "unreadable": {}}
+
+
+def test_another_run_is_refused_before_anything_is_embedded(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished / "run.json", out)
+    monkeypatch.setattr("cliplet.train.embedder.TorchEmbedder.embed", pytest.fail)
+    with pytest.raises(UsageError, match=r"another run, which differs in seed \(0 then, 1 now\)"):
+        trained(replace(TOY, seed=1), photos, out)
+    assert not (out / "embeddings").exists()
+
+
+def test_a_trunk_that_was_removed_is_written_again(finished: Path, photos: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(out / "trunk")
+    trained(TOY, photos, out)
+    assert ending(out) == ending(finished)
+    next((out / "trunk").glob("*.safetensors")).unlink()
+    shutil.rmtree(out / "checkpoint")
+    with pytest.raises(UsageError, match=r"has ended, but .*trunk and .*checkpoint are gone") as e:
+        trained(TOY, photos, out)
+    assert "--overwrite" in e.value.fix
+
+
+def test_workers_of_0_are_one_a_core_also_while_training(
+    photos: Path, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noted(learning: TrunkLearning) -> None:
+        given.append(learning.options.workers)
+
+    monkeypatch.setattr(mlcd, "usable_cores", lambda: 3)
+    monkeypatch.setattr(mlcd, "learn", noted)
+    trained(replace(TOY, epochs=1), photos, tmp_path, embeddings=embeddings, workers=0)
+    assert given == [3]
+
+
+def test_tiny_is_warned_of_where_images_are_no_drawn_scenes(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = replace(TOY, epochs=1)
+    trained(recipe, copied, tmp_path / "scenes")
+    assert "the teacher tiny" not in caplog.text
+    (copied / "train_000003.jpg").rename(copied / "holiday.jpg")
+    trained(recipe, copied, tmp_path / "photos")
+    told = [r.getMessage() for r in caplog.records if "the teacher tiny" in r.getMessage()]
+    assert len(told) == 1 and "1 images are none" in told[0] and "holiday.jpg" in told[0]
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(photos: Path, tmp_path: Path) -> None:
     lock = lock_folder(tmp_path)
     with pytest.raises(UsageError, match="another run is writing"):
@@ -449,9 +569,16 @@ def test_number_of_clusters(changes: dict[str, Any], images: int, clusters: int 
         return
     with pytest.raises(DataError, match=f"{images} images") as e:
         recipe.clusters_of(images)
+    assert e.value.expected == "at least as many images as clusters, and more clusters than labels"
     words = e.value.fix.split()
     mended = replace(recipe, clusters=int(words[1]), positives=int(words[3]))
     assert mended.clusters_of(images) == int(words[1])
+
+
+def test_one_image_cannot_be_clustered_however_it_is_asked() -> None:
+    with pytest.raises(DataError, match="1 images in 9 clusters") as e:
+        mlcd_recipe.mlcd_recipe("mlcd").clusters_of(1)
+    assert "--clusters" not in e.value.fix and "more images" in e.value.fix
 
 
 # Students
@@ -511,6 +638,22 @@ def test_what_starts_no_student_is_refused(finished: Path, tmp_path: Path) -> No
     file.write_bytes(b"")
     with pytest.raises(ArtifactError, match="was changed"):
         new_classifier(student_of(tmp_path / "damaged"), VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["mlcd:{}", "{}", "{}/trunk"])
+def test_a_trunk_by_a_wrong_name_is_told_its_own(name: str, finished: Path) -> None:
+    wrong = name.format(finished)
+    with pytest.raises(UsageError, match="is the folder of a (run|trunk), wh") as e:
+        new_classifier(replace(CCD, trunk=wrong, trunk_weights="pretrained"), VOCABULARY)
+    assert e.value.fix == f"name mlcd:{finished / 'trunk'} instead of {wrong}"
+    if not name.endswith("trunk"):
+        with pytest.raises(UsageError) as e:
+            load_encoder(wrong)
+        assert e.value.fix == f"name mlcd:{finished / 'trunk'} instead of {wrong}"
+        if wrong.startswith("mlcd:"):
+            with pytest.raises(UsageError, match="is the folder of a run"):
+                trunk_sha256(replace(CCD, trunk=wrong, trunk_weights="pretrained"))
+    assert load_encoder(f"{finished / 'trunk'}").preprocessing.size == 32
 
 
 def test_a_run_knows_the_weights_it_started_from(finished: Path, tmp_path: Path) -> None:

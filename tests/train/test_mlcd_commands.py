@@ -18,6 +18,9 @@ from runs import killed_runs, run_of_two
 from cliplet.checkpoint import load_arrays
 from cliplet.classifier import load_classifier
 from cliplet.cli import main
+from cliplet.listing import find_images
+from cliplet.train.cluster_truth import truth_beside
+from cliplet.train.mlcd_commands import FIELD_FLAGS, mlcd, tell_report
 from cliplet.train.mlcd_recipe import mlcd_recipe
 from cliplet.trunk_files import is_trunk_folder
 
@@ -49,9 +52,28 @@ def test_a_run_tells_its_story(
     rows = [line.split()[:2] for line in told.splitlines() if line.strip()[:1] in ("1", "2")]
     assert rows == [[str(row["epoch"] + 1), f"{row['loss']:.4f}"] for row in history]
     assert f"--trunk mlcd:{out / 'trunk'}" in told and f"cliplet train probe {out / 'trunk'}" in told
+    assert f"cliplet export {out / 'trunk'} --out {out}-features && cliplet verify {out}-features" in told
+    quality = json.loads((out / "report.json").read_text())["clusters"]["quality"]
+    assert quality["labelled_images"] == 60 and 0 < quality["purity"] <= 1
+    assert (
+        f"the labels of 60 images: purity {quality['purity']:.1%}, conflict {quality['conflict']:.1%}" in told
+    )
+    assert "duplicates" not in told
     assert ending(out) == ending(finished)
     names = {p.name for p in out.iterdir()} - {".lock"}
     assert names == {"clusters", "run.json", "checkpoint", "trunk", "report.json", "tensorboard"}
+
+
+def test_a_tower_of_open_clip_has_no_student_next(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    report["recipe"]["trunk"] = "open_clip:ViT-S-32-alt"
+    report["clusters"]["duplicates"] = 3
+    tell_report(report, tmp_path / "my run", "photos")
+    told = capsys.readouterr().out
+    assert "folder_ccd" not in told and f"next: cliplet export '{tmp_path / 'my run' / 'trunk'}'" in told
+    assert "duplicates among the images (the very same embedding): 3" in told
 
 
 def test_the_command_is_the_function(finished: Path, photos: Path, tmp_path: Path) -> None:
@@ -148,8 +170,10 @@ def test_the_trunk_starts_a_classifier(finished: Path, tmp_path: Path) -> None:
         (["--trunk", "resnet_of_none"], 2, "no trunk 'resnet_of_none'"),
         (["--trunk", "mlcd:nowhere"], 2, "no trunk 'mlcd:nowhere'"),
         (["--teacher", "nowhere"], 2, "nowhere"),
-        (["--precision", "fp16"], 2, "fix: --set precision=bf16"),
+        (["--precision", "fp16"], 2, "fix: --precision bf16"),
         (["--negative-rate", "0"], 2, "negative_rate 0.0"),
+        (["--set", "loss=unicom"], 2, "fix: --loss unicom"),
+        (["--set", "batch=0"], 2, "fix: --batch-size 0"),
     ],
 )
 def test_what_is_refused(
@@ -159,6 +183,42 @@ def test_what_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_every_field_with_a_flag_is_refused_by_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {word for option in mlcd.params for word in option.opts}
+    for field in ("loss", *FIELD_FLAGS):
+        assert main([*MLCD, "--show", "--set", f"{field}=7"]) == 2
+        fix = capsys.readouterr().err.rpartition("fix: ")[2].split()
+        assert fix[0] in flags and fix[1] == "7"
+
+
+def test_labels_beside_the_images_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the folder or above it; rows of other images, and images without a row, do no harm."""
+    places = [tmp_path / "all" / "photos", tmp_path / "all" / "photos" / "more"]
+    for place in places:
+        place.mkdir(parents=True)
+        for name in ("a.jpg", "b.jpg"):
+            (place / name).write_bytes(b"")
+    (places[1] / "c.jpg").write_bytes(b"")
+    images = find_images([str(places[0])]).images
+    assert truth_beside([str(places[0])], images) is None
+    rows = "file,classes\nphotos/a.jpg,cat;dog\nb.jpg,cat\nc.jpg, dog\ngone.jpg,bird\nphotos/b.jpg,\n"
+    (tmp_path / "all" / "labels.csv").write_text(rows)
+    for source in (places[0], places[0] / "*.jpg"):
+        truth = truth_beside([str(source)], images)
+        assert truth is not None
+        found = {
+            str(Path(i.path).relative_to(places[0])): t for i, t in zip(images, truth.tolist(), strict=True)
+        }
+        # A name that two images have names neither.
+        assert found["a.jpg"] == [True, True] and found["more/c.jpg"] == [False, True]
+        assert not any(found["b.jpg"] + found["more/b.jpg"] + found["more/a.jpg"])
+    (places[0] / "labels.csv").write_text("name;label\n")
+    assert truth_beside([str(places[0])], images) is None
+    assert "labels.csv, whose columns are not file,classes" in caplog.text
+
+
 def test_images_have_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*MLCD, "--out", str(tmp_path / "run")]) == 2
     assert "no images were named" in capsys.readouterr().err
@@ -166,9 +226,11 @@ def test_images_have_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_recipe_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*MLCD, "--out", str(tmp_path), "--show", "--loss", "unicom", "--set", "scale=64"]) == 0
+    assert main([*MLCD, "--show", "--loss", "unicom", "--set", "scale=64"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == {**mlcd_recipe("unicom").to_json(), "scale": 64} and shown["angle"] == 0.3
+    assert main([*MLCD, "--data", str(tmp_path)]) == 2
+    assert "fix: --out runs/trunk" in capsys.readouterr().err
 
 
 def test_help_tells_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

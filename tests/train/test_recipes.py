@@ -20,6 +20,7 @@ from cliplet.train.classifier_recipe import CHOICES, METHODS, RANGES, Classifier
 from cliplet.train.recipes import (
     classifier_recipe,
     classifier_recipes,
+    data_sets,
     scenes_ccd,
     scenes_ccd_released,
     voc12_ccd,
@@ -47,7 +48,9 @@ def test_every_recipe_builds_and_fits_its_name(name: str) -> None:
 
 def test_names_are_one_for_each_data_set_and_method() -> None:
     names = classifier_recipes()
-    assert len(names) == len(set(names)) == 6 * len(METHODS) + 2
+    assert len(names) == len(set(names)) == 8 * len(METHODS) + 2
+    assert {"coco17_ccd", "ccd_ccd", "ccd_an"} <= set(names)
+    assert data_sets() == ["scenes", "voc12", "voc07", "coco14", "coco17", "nus", "ccd", "folder"]
     assert {"scenes_ccd", "voc12_ll_cp", "nus_bce_ls", "folder_ccd", "voc12_ccd_released"} <= set(names)
 
 
@@ -143,7 +146,9 @@ def test_every_field_is_read_somewhere_and_described() -> None:
         ("ccd", {"label_update": False}, []),
         ("ccd", {"warmup_epochs": 0}, [0]),
         ("ccd", {"epochs": 2}, []),
-        ("cdul", {"label_update": False, "updates": 2}, [2, 3]),
+        ("cdul", {"label_update": False, "updates": 2, "epochs": 9}, [2, 3]),
+        ("cdul", {}, [2, 3]),
+        ("cdul", {"epochs": 7}, [2, 3, 4, 5, 6]),
     ],
 )
 def test_epochs_that_begin_with_a_label_update(
@@ -151,6 +156,13 @@ def test_epochs_that_begin_with_a_label_update(
 ) -> None:
     recipe = replace(with_method(scenes_ccd(), method), **changes)
     assert list(recipe.update_epochs) == epochs
+
+
+@pytest.mark.parametrize("name", [name for name in classifier_recipes() if name.endswith("_cdul")])
+def test_cdul_alternates_in_every_epoch_after_the_warm_up(name: str) -> None:
+    recipe = classifier_recipe(name)
+    assert list(recipe.update_epochs) == list(range(recipe.warmup_epochs, recipe.epochs))
+    assert len(recipe.update_epochs) >= 2
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -175,6 +187,13 @@ def test_a_number_out_of_its_range_is_refused(name: str) -> None:
     [
         ({"held_out": 0.0}, "held_out is 0.0 with selection 'held_out'"),
         ({"held_out": 1.0, "selection": "last"}, "held_out is 1.0"),
+        ({"average": 1.0}, "average is 1.0"),
+        ({"expected_count": -3.0}, "expected_count is -3.0"),
+        ({"expected_count": 0.0}, "expected_count is 0.0"),
+        ({"large_loss_percent": -5.0}, "large_loss_percent is -5.0"),
+        ({"mean_classes": -1.0}, "mean_classes is -1.0"),
+        ({"max_entropy": -1.0}, "max_entropy is -1.0"),
+        ({"focus_clip": 1.5}, "focus_clip is 1.5"),
         ({"scoring": "one_by_one"}, "teacher_size 0"),
         ({"teacher_size": 96}, "scoring 'batched' with teacher_size 96"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),

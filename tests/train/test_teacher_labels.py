@@ -257,6 +257,27 @@ def test_a_recipes_scale_reaches_both_ways_of_asking(
         np.testing.assert_allclose(softer, wanted, atol=1e-5)
 
 
+def test_the_engine_can_be_chosen(
+    batched: ClassifierRecipe, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    original = module.open_teacher
+    monkeypatch.setattr(
+        module, "open_teacher", lambda *a, **k: asked.append(k["runtime"]) or original(*a, **k)
+    )
+    own = replace(batched, teacher_normalisation="own", views="1")
+    found = {
+        runtime: teacher_labels(
+            own, data, one_process(), PassOptions(tmp_path, quiet=True, runtime=runtime)
+        ).probs_NVC
+        for runtime in (None, "torch")
+    }
+    assert asked == ["onnx", "torch"]
+    np.testing.assert_allclose(found[None], found["torch"], atol=1e-4)
+    with pytest.raises(UsageError, match="runtime onnx with scoring one_by_one"):
+        teacher_labels(RELEASED, data, one_process(), PassOptions(tmp_path, quiet=True, runtime="onnx"))
+
+
 def test_what_a_teacher_cannot_do_is_refused(
     toy_clip: Path, toy_siglip: Path, data: Dataset, tmp_path: Path
 ) -> None:

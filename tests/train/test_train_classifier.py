@@ -245,6 +245,8 @@ def test_with_true_labels_unreadable_images_are_found_while_training(scenes: Pat
     report = trained(with_method(replace(TOY, selection="last"), "bce"), tmp_path / "run", moved)
     assert [Path(p).name for p in report["skipped"]] == ["train_000005.jpg"]
     assert [Path(p).name for p in report["measured"]["unreadable"]] == ["test-seen_000003.jpg"]
+    (reason,) = report["measured"]["unreadable"].values()
+    assert reason.startswith("read: ")
 
 
 def test_folder_without_labels_gives_a_classifier_and_no_map(
@@ -290,9 +292,20 @@ def thin_out(photos: Path) -> None:
             FOLDER,
             spoil,
             DataError,
-            r"0 images to learn from, 40 could not be read; .*train_000000.jpg: decode: ",
+            r"0 images to learn from .*, 40 could not be read; .*train_000000.jpg: decode: ",
         ),
-        (FOLDER, thin_out, DataError, r"20 images .*, 0 could not be read\n.* 16\nfix: --batch-size 10"),
+        (
+            FOLDER,
+            thin_out,
+            DataError,
+            r"18 images .* 2 held out, 0 could not be read\n.* 16\nfix: --batch-size 9",
+        ),
+        (
+            replace(FOLDER, held_out=0.99),
+            None,
+            DataError,
+            r"0 images to learn from beside 40 held out.*\n.* 16\nfix: --set held_out=0.1",
+        ),
         (with_method(FOLDER, "bce"), None, DataError, "learns from true labels, and these images have none"),
         (replace(FOLDER, precision="fp16"), None, UsageError, "fp16 on the CPU"),
         (

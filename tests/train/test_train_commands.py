@@ -18,6 +18,7 @@ from cliplet.cli import main
 from cliplet.lock import lock_folder
 from cliplet.train.classifier_recipe import ClassifierRecipe
 from cliplet.train.recipes import scenes_ccd, voc12_ccd_released, with_method
+from cliplet.train.train_commands import tell_report
 
 TRAIN = ("train", "scenes_ccd")
 
@@ -42,7 +43,7 @@ def test_run_from_nothing_tells_its_story(made: tuple[Path, subprocess.Completed
     assert "36 images learned from, 4 held out, fp32 on cpu" in told
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"] == TOY.to_json()
-    assert f"mAP {report['measured']['map']:.1f} on scenes test-seen" in told
+    assert f"mAP {report['measured']['map']:.1f} on 16 images of scenes test-seen" in told
     rows = [line.split() for line in told.splitlines() if line.strip()[:1] in "*123"]
     table = [row for row in rows if row and row[0].lstrip("*") in "123" and "." in row[1]]
     assert [row[0].lstrip("*") for row in table] == ["1", "2", "3"]
@@ -52,6 +53,41 @@ def test_run_from_nothing_tells_its_story(made: tuple[Path, subprocess.Completed
     assert f"next: cliplet eval {out / 'classifier'}" in told.replace("\n", "")
     names = {p.name for p in out.iterdir()} - {".lock"}
     assert names == {"scenes", "banks", "run.json", "checkpoint", "classifier", "report.json", "tensorboard"}
+
+
+def test_doubts_are_told(
+    made: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluation images without a part in the mAP, and a threshold walk that found nothing."""
+    out, _ = made
+    report = json.loads((out / "report.json").read_text())
+    tell_report(report, out, out / "scenes")
+    assert "on 16 images of scenes test-seen" in (plain := capsys.readouterr().out)
+    assert "unreadable" not in plain and "no threshold" not in plain
+    report["measured"]["unreadable"] = {"a.jpg": "decode: no image", "b.jpg": "read: gone"}
+    report["history"][1] |= {"threshold_found": False, "threshold": 0.107}
+    tell_report(report, out, out / "scenes")
+    told = capsys.readouterr().out
+    assert "on 14 images of scenes test-seen" in told
+    assert (
+        "2 images of the evaluation split unreadable, so without a part in the mAP, such as a.jpg: decode: no image"
+        in told
+    )
+    assert "epoch 2 found no threshold with 5 to 7 classes an image: the walk ended at 0.107" in told
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "recipe"])
+def test_help_names_what_there_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"train": [], "compare": ["compare"], "recipe": ["coco17_ccd"]}[name]
+    assert main(["train", *arguments, "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    wanted = {
+        "train": ["coco17_ccd", "ccd_ccd", "voc12_ccd_released"],
+        "compare": ["coco17", "--teacher-runtime", "ccd, released floor"],
+        "recipe": ["-m cliplet.cli train coco17_ccd --device cuda", "--teacher-runtime"],
+    }[name]
+    assert all(word in told for word in wanted)
+    assert "ccd_ll_cp" not in told
 
 
 def test_again_as_json_gives_the_report_at_once(
@@ -85,7 +121,7 @@ def test_only_the_first_process_speaks(
         (["--set", "debias=perhaps"], 2, "a value that is a bool"),
         (["--set", "method=magic"], 2, "method 'magic' in a recipe"),
         (["--seed", "-1"], 2, "seed is -1"),
-        (["--precision", "fp16"], 2, "fix: --set precision=bf16"),
+        (["--precision", "fp16"], 2, "fix: --precision bf16"),
         (["--device", "tpu"], 2, "'tpu' is not one of"),
         (["--classes", "cat"], 1, "that is not in the vocabulary"),
     ],
