@@ -7,7 +7,8 @@ The first row does as the public CCD code does: the eager float32 model is shown
 cliplet's own module; `benchmarks.peers` has a loop of open_clip's own parts). All rows score the same decoded images
 with the same weights; each measurement is a process of its own, and the rows take turns, so that a
 drift of the machine meets all. Large encoders have random weights, which change no time; their agreement says that
-an engine computes the same thing, not how good labels are.
+an engine computes the same thing, not how good labels are. TensorRT-RTX engines are built for a GPU that is not here;
+of them the record holds verdicts without a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,7 +29,7 @@ import numpy as np
 from benchmarks.models import CLASSES, random_weights
 from benchmarks.photos import add_photo_options, photos_of
 from benchmarks.records import PRECISIONS, spread, write_record
-from cliplet.artifact import Bundle, BundleJob, cache_folder
+from cliplet.artifact import Bundle, BundleJob, Engine, cache_folder
 from cliplet.contract import CLASSIFIER
 from cliplet.deploy.bench import machine_limits
 from cliplet.images import decode_image
@@ -42,6 +44,7 @@ STUDENT, STUDENT_SIDE = "resnet18", 224
 VIEWS = "1+3x3"
 ENGINES = (
     ("onnx", "fp32"),
+    ("onnx", "fp16"),
     ("onnx", "int8"),
     ("openvino", "fp32"),
     ("openvino", "bf16"),
@@ -55,6 +58,8 @@ GPU_EAGER: dict[str, dict[str, Any]] = {
 }
 GPU_ONNX = "onnx-fp32, GPU"
 GPU_ENGINES = (("tensorrt", "fp16"),)
+# What is built ahead of time, where there is no GPU: these for such a one.
+AHEAD, AHEAD_FOR = (("tensorrt_rtx", "fp32"), ("tensorrt_rtx", "fp16")), "sm89"
 # Images in a batch: of ten views each, or seen as a whole by a student.
 TEACHER_BATCH, STUDENT_BATCH = 3, 32
 SECONDS = 4.0
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(name: str, options: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
     """Let all rows of one model take turns; the table of it."""
     bundle = bundle_of(name, options.photos)
-    engines = {engine.name: engine for engine in bundle.manifest.engines}
+    engines = {engine.name: engine for engine in bundle.manifest.engines if not is_ahead(engine)}
     rows = [ONE_CROP, BATCHED, *((*GPU_EAGER, GPU_ONNX) if has_gpu() else ()), *engines]
     measured: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
     for number in range(options.rounds):
@@ -129,27 +134,66 @@ def compare(name: str, options: argparse.Namespace, peaks: dict[str, float]) -> 
         "gflop_per_view": work,
         "views_per_image": _views(bundle).count,
         "rows": table,
+        "verdicts": {} if has_gpu() else verdicts(bundle.manifest.engines),
     }
 
 
-def bundle_of(name: str, photos: Path, engines: Sequence[tuple[str, str]] = ENGINES) -> Bundle:
-    """The bundle of a model with these engines, whatever the comparison says; built once, in the cache folder."""
+def is_ahead(engine: Engine) -> bool:
+    """Whether an engine was built for a GPU that is not here, and the graph it was built from was compared."""
+    return "of" in engine.parity
+
+
+def verdicts(engines: Sequence[Engine]) -> dict[str, dict[str, Any]]:
+    """What is known of each engine built ahead of time, by its name; why there is none where there is none."""
+    found = {engine.name: _verdict(engine) for engine in engines if is_ahead(engine)}
+    missing = {f"{runtime}-{precision}-{AHEAD_FOR}" for runtime, precision in AHEAD} - found.keys()
+    return found | {name: {"verdict": "not built: not installed"} for name in sorted(missing)}
+
+
+def _verdict(engine: Engine) -> dict[str, Any]:
+    agrees = "agrees" if engine.parity["passed"] else "differs"
+    return {
+        "verdict": f"built, inspected, source {agrees}",
+        "precision_read": engine.precision_read,
+        "read_from": engine.details["read_from"],
+        "version": engine.details["version"],
+        "parity": dict(engine.parity),
+    }
+
+
+def default_engines() -> tuple[tuple[str, str], ...]:
+    """What a bundle of this benchmark holds: more where a GPU, or what builds for one, is here."""
+    if has_gpu():
+        return (*ENGINES, *GPU_ENGINES)
+    return (*ENGINES, *(AHEAD if find_spec("tensorrt_rtx") else ()))
+
+
+def bundle_of(name: str, photos: Path, engines: Sequence[tuple[str, str]] | None = None) -> Bundle:
+    """The bundle of a model with these engines, whatever the comparison says; built once, in the cache folder.
+
+    Args:
+        engines: (runtime, precision) pairs; by default all that this benchmark compares.
+    """
     from cliplet.export.bundle import BuildOptions, build_bundle
 
     classes = None if name == "tiny" else CLASSES
     plan = make_plan(TaggerSettings(model=_model(name), classes=None if name == "student" else classes))
-    wanted = (*engines, *(GPU_ENGINES if has_gpu() else ()))
+    wanted = default_engines() if engines is None else (*engines, *(GPU_ENGINES if has_gpu() else ()))
     job = BundleJob(plan.spec, plan.vocabulary, plan.aggregation, plan.calibrated, wanted)
     listed = hashlib.sha256("\n".join(sorted(p.name for p in photos.rglob("*"))).encode()).hexdigest()[:8]
     folder = cache_folder() / "benchmarks" / f"engines-{job.cached_folder().name}-{listed}"
     if folder.exists():
         return Bundle.load(folder)
     sources = (str(photos),)
-    return build_bundle(
-        job,
-        folder,
-        BuildOptions(images=sources, count=8, calibration=sources, calibration_count=64, keep_all=True),
+    options = BuildOptions(
+        images=sources,
+        count=8,
+        calibration=sources,
+        calibration_count=64,
+        target=AHEAD_FOR if set(AHEAD) & set(wanted) else None,
+        keep_all=True,
     )
+    return build_bundle(job, folder, options)
 
 
 def _model(name: str) -> str:

@@ -16,6 +16,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ CLASSIFIER_STEM = "classifier"
 TRUNK_STEM = "trunk"
 TRUNK_PREFIX = "mlcd:"
 _PREFIX = "open_clip:"
+_LOCAL_FOLDER = "local-dir:"
 # What a folder of transformers' holds beside its weights.
 _TOWER_FILES = ("config.json", "preprocessor_config.json")
 
@@ -70,6 +72,19 @@ class ModelSpec:
     def folder(self) -> Path | None:
         """The folder on this machine that holds the model, with what else may lie beside its weights."""
         return self.weights_file.parent if self.is_folder and self.weights_file else None
+
+    def absolute(self) -> str:
+        """`text`, with the path in it, if there is one, from the root on: it names the model from any folder."""
+        if self.bundle or self.classifier:
+            return os.path.abspath(self.text)
+        if self.trunk:
+            prefix = TRUNK_PREFIX if self.text.startswith(TRUNK_PREFIX) else ""
+            return prefix + os.path.abspath(self.trunk)
+        if self.text.startswith(_PREFIX + _LOCAL_FOLDER):
+            return _PREFIX + _LOCAL_FOLDER + os.path.abspath(self.open_clip_name.removeprefix(_LOCAL_FOLDER))
+        if self.weights_file and not self.is_folder:
+            return f"{_PREFIX}{self.open_clip_name}/{os.path.abspath(self.weights_file)}"
+        return self.text
 
     def identity(self) -> str:
         """What tells these weights from all others: a hash where they lie here, their public name otherwise.
@@ -189,8 +204,8 @@ def _parse_trunk(text: str, folder: Path) -> ModelSpec:
 
 
 def _parse_open_clip(text: str, rest: str) -> ModelSpec:
-    if rest.startswith("local-dir:"):
-        folder = Path(rest.removeprefix("local-dir:"))
+    if rest.startswith(_LOCAL_FOLDER):
+        folder = Path(rest.removeprefix(_LOCAL_FOLDER))
         if not (folder / "open_clip_config.json").is_file():
             raise DataError(
                 f"{folder} holds no open_clip_config.json",

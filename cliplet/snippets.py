@@ -126,7 +126,7 @@ def cut_views(image_BHWC: Tensor, boxes_BV4: Tensor, size: int, interpolation: s
 
     One image after another (a Scan in an exported graph), so that beside the views only the weights and half-done
     views of one image are in memory: 0.24 to 0.28 GB, measured, with V = 30 views of 224 pixels of a 640 x 640 canvas,
-    whatever B is.
+    whatever B is. An exported graph holds all images as float32 as well, 12 B H W bytes: 157 MB at B = 32.
     """
     if not torch.compiler.is_exporting():
         views_BV3SS = boxes_BV4.new_empty(*boxes_BV4.shape[:2], 3, size, size)

@@ -14,7 +14,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from cliplet.runners import Runner, open_runner
 from cliplet.runners.torch_runner import TorchRunner
 from cliplet.thresholds import Thresholds, thresholds_from_json
 from cliplet.views import Aggregation, Preprocessing, Views
+from cliplet.vocabulary import Vocabulary
 
 from .onnx_graph import name_axes, set_metadata, set_vocabulary, trace
 from .originals import Original, load_original
@@ -283,7 +283,7 @@ class _Builder:
         plan = self.staged / built.file
         if built.runs_here:
             with self._opened(runtime, precision, plan) as runner:
-                found = verdict(self.gate.compare(runner), precision, self.gate.samples)
+                found = verdict(self.gate.compare(runner, own), precision, self.gate.samples)
                 details = {**built.facts, "speed": self.gate.speed(runner)}
         else:
             # No GPU here: what can be shown is that the graph it was built from agrees. onnxruntime has no products
@@ -353,20 +353,14 @@ class _Builder:
 
 
 def open_gate(original: Original, job: BundleJob, options: BuildOptions) -> Gate:
-    """What the original gives of the images that engines are compared on."""
-    samples = comparison_samples(job.vocabulary.names, original.preprocessing, options)
+    """What the original gives of the images that the engines of `job` are compared on."""
+    samples = comparison_samples(job.vocabulary, original.preprocessing, options)
+    for_tensorrt = any(runtime.startswith("tensorrt") for runtime, _ in job.engines)
     eager = TorchRunner(original.eager, original.contract, threads=options.threads, observe=(FEATURES,))
     with eager:
         thresholds = _thresholds(job).values
-        fits = partial(_within, options.profile)
-        return Gate(eager, original.contract, original.preprocessing, samples, thresholds, fits)
-
-
-def _within(profile: Profile, images: int, views: int) -> bool:
-    """Whether an engine that is built for a profile takes so many images with so many views each."""
-    return all(
-        least <= n <= most for n, (least, _, most) in ((images, profile.batch), (views, profile.views))
-    )
+        profile = options.profile if for_tensorrt else None
+        return Gate(eager, original.contract, original.preprocessing, samples, thresholds, profile)
 
 
 def _thresholds(job: BundleJob) -> Thresholds:
@@ -380,15 +374,15 @@ def _thresholds(job: BundleJob) -> Thresholds:
     return thresholds_from_json(entry, job.vocabulary.names, str(job.spec))
 
 
-def comparison_samples(names: Sequence[str], fed: Preprocessing, options: BuildOptions) -> Samples:
+def comparison_samples(vocabulary: Vocabulary, fed: Preprocessing, options: BuildOptions) -> Samples:
     """The images that engines are compared on: one's own, or scenes.
 
     Raises:
         UsageError, DataError: there are none.
     """
     if not options.images:
-        return scene_samples(names, fed, options.count, COMPARISON_SEED)
-    return told(file_samples(options.images, fed, options.count), "not compared on")
+        return scene_samples(vocabulary.names, fed, options.count, COMPARISON_SEED)
+    return told(file_samples(options.images, fed, options.count, vocabulary), "not compared on")
 
 
 def told(samples: Samples, what: str) -> Samples:

@@ -31,6 +31,10 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 # `engine` names the precision that was asked for.
 COLUMNS = ("engine", "really", "largest", "cosine", "labels", "mAP", "ms", "views/s", "verdict")
 WORDS = ("engine", "really", "verdict")
+CALIBRATION_COUNT = 128
+# Options without a meaning for engines that were not asked for.
+OF_TENSORRT = ("target", "batch", "views", "canvas")
+OF_INT8 = ("calibration", "calibration_count")
 # A narrower terminal breaks the lines; numbers that are cut off would help nobody.
 LEAST_WIDTH = 112
 
@@ -78,7 +82,7 @@ def engine_options(command: C) -> C:
         click.option("--runtime", multiple=True, callback=_listed, help=f"One or more of {', '.join(OFFERED)}. Default: onnx, and openvino where it is installed."),
         click.option("--precision", multiple=True, callback=_listed, help=f"One or more of {', '.join(PRECISIONS)}. Default: fp32."),
         click.option("--calibration", multiple=True, help="Images that INT8 is calibrated on. Default: scenes, which suit tiny."),
-        click.option("--calibration-count", type=click.IntRange(min=1), default=128, show_default=True, help="How many of them."),
+        click.option("--calibration-count", type=click.IntRange(min=1), help=f"How many of them. Default: {CALIBRATION_COUNT}."),
         click.option("--target", help="GPU that TensorRT builds for, such as sm89. Default: the one in this machine."),
         click.option("--batch", help=f"Images in a batch that TensorRT builds for: least, usual, most. Default: {shown_bounds(Profile.batch)}."),
         click.option("--views", help=f"Views of an image that TensorRT builds for. Default: {shown_bounds(Profile.views)}."),
@@ -113,7 +117,7 @@ def export(model: str, out: Path, as_json: bool, quiet: bool, overwrite: bool, *
         images=options["images"],
         count=options["count"],
         calibration=options["calibration"],
-        calibration_count=options["calibration_count"],
+        calibration_count=options["calibration_count"] or CALIBRATION_COUNT,
         target=options["target"],
         profile=Profile.parse(options["batch"], options["views"], options["canvas"]),
         own_canvas=options["canvas"] is not None,
@@ -171,9 +175,39 @@ def _built(model: str, folder: Path, build: BuildOptions, options: Mapping[str, 
         return _exchanged(Path(model), folder, build, options)
     runtimes = options["runtime"] or tuple(r for r in ("onnx", "openvino") if r in usable_runtimes("cpu"))
     engines = engines_for(runtimes, options["precision"] or ("fp32",))
+    _refuse_without_effect(engines, options)
     plan = make_plan(TaggerSettings(model=model, **chosen), features=True)
+    if options["views"] is not None and not plan.contract.takes_views:
+        raise UsageError(
+            f"--views {options['views']} for {model}: a {plan.contract.name} looks at the whole image alone",
+            "a CLIP, which looks at several views",
+            "leave --views out",
+        )
     job = BundleJob(plan.spec, plan.vocabulary, plan.aggregation, plan.calibrated, engines)
     return build_bundle(job, folder, build)
+
+
+def _refuse_without_effect(engines: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if an option was given that none of the engines asked for heeds."""
+    if not any(runtime.startswith("tensorrt") for runtime, _ in engines) and (
+        given := _given(options, OF_TENSORRT)
+    ):
+        raise UsageError(
+            f"{' and '.join(given)} without a TensorRT engine to build",
+            "tensorrt or tensorrt_rtx in --runtime: other engines take any size on any machine",
+            f"--runtime tensorrt_rtx, or leave {' and '.join(given)} out",
+        )
+    if not any(precision == "int8" for _, precision in engines) and (given := _given(options, OF_INT8)):
+        raise UsageError(
+            f"{' and '.join(given)} without an INT8 engine to calibrate",
+            "int8 in --precision: nothing else is calibrated",
+            f"--precision fp32,int8, or leave {' and '.join(given)} out",
+        )
+
+
+def _given(options: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the options that were given, as they are written on a command line."""
+    return [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, (), False)]
 
 
 def _exchanged(source: Path, folder: Path, build: BuildOptions, options: Mapping[str, Any]) -> Bundle:
@@ -187,14 +221,11 @@ def _exchanged(source: Path, folder: Path, build: BuildOptions, options: Mapping
         "zeta",
         "runtime",
         "precision",
-        "calibration",
-        "target",
-        "batch",
-        "views",
-        "canvas",
+        *OF_INT8,
+        *OF_TENSORRT,
         "text",
     )
-    given = [f"--{name}" for name in of_originals if options[name] not in (None, (), False)]
+    given = _given(options, of_originals)
     if options["classes"] is None or given:
         raise UsageError(
             f"{source} is a bundle" + (f", and {', '.join(given)} would need its original" if given else ""),
@@ -221,7 +252,7 @@ def _exchanged(source: Path, folder: Path, build: BuildOptions, options: Mapping
 def verify(
     bundle: Path, model: str | None, reproduce: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Compare every engine of BUNDLE with the original again, on this machine; exit code 3 if one differs."""
+    """Compare every engine of BUNDLE, and its text tower, with the original again, on this machine; exit code 3 if one differs."""
     from cliplet.artifact import Bundle
 
     from . import verification
@@ -237,7 +268,7 @@ def verify(
         _tell_engines(
             [
                 Row(
-                    row.engine.name,
+                    row.name,
                     row.precision_read,
                     row.parity,
                     row.speed,
@@ -250,9 +281,10 @@ def verify(
         compared = next(row.parity["on"] for row in rows if row.parity)
         console.print(f"compared with {loaded.manifest.model} on {compared}", soft_wrap=True)
     if reproduce is not None:
-        worst = max((row for row in rows if row.parity), key=lambda row: row.parity["largest"])
+        compared_engines = [(row.parity["largest"], row.engine) for row in rows if row.parity and row.engine]
+        _, worst = max(compared_engines, key=lambda found: found[0])
         verification.write_reproduction(reproduce, loaded, worst, build, model)
-        click.echo(f"wrote {reproduce}; python {reproduce} repeats it for {worst.engine.name}", err=True)
+        click.echo(f"wrote {reproduce}; python {reproduce} repeats it for {worst.name}", err=True)
     verification.hold(rows)
 
 
@@ -277,7 +309,8 @@ def _tell_engines(rows: Sequence[Row], console: Console) -> None:
     """One line for each engine; what has no numbers, or was not kept, has a reason below."""
     console.width = max(console.width, LEAST_WIDTH)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    about = {row.parity.get("about", "labels") for row in rows if row.parity}
+    # A text tower's rows have no labels: its column stays empty.
+    about = {row.parity.get("about", "labels") for row in rows if row.parity and _agreement(row)}
     for name in COLUMNS:
         # Of a trunk there are no labels that could agree.
         name = "/".join(sorted(about)) if name == "labels" and about else name
@@ -298,11 +331,17 @@ def _numbers(row: Row) -> list[str]:
     return [
         f"{parity['largest']:.2g}",
         f"{parity['cosine']:.5f}",
-        f"{parity['agreement']:.1%}",
+        _agreement(row),
         "" if truth is None else f"{truth:.1f} {truth - parity['map_original']:+.2f}",
         f"{speed['ms_per_batch']:.0f}" if speed else "",
         f"{speed['views_per_s']:.1f}" if speed else "",
     ]
+
+
+def _agreement(row: Row) -> str:
+    """The share of equal labels, or of neighbours; "" of a text tower."""
+    share = row.parity["agreement"]
+    return "" if share is None else f"{share:.1%}"
 
 
 def _verdict(row: Row) -> str:

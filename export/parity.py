@@ -8,7 +8,7 @@ Legend: N images, B images of a batch, V views, C classes, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from cliplet.contract import CLASSIFIER, EMBEDDINGS, FEATURES, TRUNK, GraphContract
-from cliplet.errors import DataError, UsageError
+from cliplet.engine_sidecar import Bounds, Profile
+from cliplet.errors import DataError
 from cliplet.metrics import mean_average_precision
 from cliplet.runners import Runner
 from cliplet.views import Preprocessing, Views
@@ -54,13 +55,19 @@ TOLERANCES = {
     "bf16": Tolerance(largest=0.25, mean=5e-3, cosine=0.995, agreement=0.98, map_drop=1.0),
     "int8": Tolerance(largest=0.6, mean=2e-2, cosine=0.95, agreement=0.95, map_drop=2.0),
 }
-# Images in a batch, and views: one image alone, a usual batch, a large one; one view, several, many. Labels, mAP and
-# speed are taken from the first.
-SHAPES = ((4, "1+3x3"), (1, "1"), (1, "1+2x2+3x3+4x4"), (3, "1+2x2"), (32, "1"))
-WHOLE_SHAPES = ((4, "1"), (1, "1"), (32, "1"))
+# Images in a batch, and views of each.
+Shape = tuple[int, int]
+# One image alone, a usual batch, a large one; one view, several, many. Labels, mAP and speed are taken from the first.
+SHAPES: tuple[Shape, ...] = ((4, 10), (1, 1), (1, 30), (3, 5), (32, 1))
+WHOLE_SHAPES: tuple[Shape, ...] = ((4, 1), (1, 1), (32, 1))
+# Those of these numbers that are whole grids; of any other number the last grid is seen in part.
+GRIDS = {Views.parse(text).count: text for text in ("1", "1+2x2", "1+3x3", "1+2x2+3x3+4x4")}
+# The original runs each shape on the CPU, where a ViT-B/32 sees some 20 views a second: large batches are compared
+# with as many views as fit into this, or with the least that the profile allows.
+MOST_VIEWS = 96
 # What is compared first: of labels, or of neighbours.
 SCORES = {CLASSIFIER.name: "probs", TRUNK.name: EMBEDDINGS}
-# Of one image alone, as many are run: more would say no more.
+# Of one image alone, as many are run, and one batch of a profile's own shapes: more would say no more.
 SINGLES = 2
 ROUNDS = 3
 # A classifier's maps have no bound: they are compared by direction, as features are.
@@ -114,8 +121,11 @@ class Agreement:
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    feeds: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]
+    """Batches of one shape, and what the original gives of them."""
+
+    shape: Shape
+    feeds: list[dict[str, np.ndarray]]
+    outputs: list[dict[str, np.ndarray]]
 
 
 class Gate:
@@ -124,11 +134,11 @@ class Gate:
     Args:
         eager: the original, with `observe=(FEATURES,)`.
         thresholds: [C], for the labels.
-        fits: whether an engine takes a batch of so many images with so many views each; other shapes are left out.
+        profile: the sizes that TensorRT engines among those to compare were built for; they are compared at its
+            least, usual and largest batch too. None where there are no such engines.
 
     Raises:
         DataError: the original cannot tell these images and classes apart, or there are too few to compare neighbours.
-        UsageError: no shape fits.
     """
 
     def __init__(
@@ -138,51 +148,79 @@ class Gate:
         preprocessing: Preprocessing,
         samples: Samples,
         thresholds: Sequence[float],
-        fits: Callable[[int, int], bool] = lambda _images, _views: True,
+        profile: Profile | None = None,
     ) -> None:
         self.contract = contract
         self.samples = samples
         self._score = SCORES.get(contract.name, "scores")
         self._thresholds_C = np.asarray(thresholds, np.float32)
-        shapes = SHAPES if contract.takes_views else WHOLE_SHAPES
-        fitting = [(n, v) for n, v in shapes if fits(min(n, len(samples.pictures)), Views.parse(v).count)]
-        if not fitting:
-            raise UsageError(
-                "no batch to compare fits the sizes that TensorRT builds for",
-                "--batch 1,8,32 --views 1,10,30",
-            )
-        self._references: list[list[_Reference]] = []
-        for batch, views in fitting:
-            feeds = samples.batches(batch, Views.parse(views), preprocessing, contract)
+        usual = SHAPES if contract.takes_views else WHOLE_SHAPES
+        self._references: list[_Reference] = []
+        for shape in shapes_of(contract, profile):
+            batch, views = shape
+            seen = Views.parse(GRIDS[views]) if views in GRIDS else views
+            # Only engines that are built for a profile refuse smaller batches.
+            filled = profile is not None
+            batches = samples.batches(batch, seen, preprocessing, contract, filled)
             # All of the first shape, from which labels and neighbours are taken.
-            few = islice(feeds, SINGLES if batch == 1 and self._references else None)
-            self._references.append([_Reference(one, eager.infer(one)) for one in few])
-        # What was run, which with few images is less than what was meant.
-        self.shapes = [
-            f"{len(references[0].feeds['image'])} x {views}"
-            for references, (_, views) in zip(self._references, fitting, strict=True)
-        ]
+            most = None
+            if self._references and shape not in usual:
+                most = 1
+            elif self._references and batch == 1:
+                most = SINGLES
+            feeds = list(islice(batches, most))
+            # What is run, which with few images is less than what was meant.
+            run = (len(feeds[0]["image"]), views)
+            self._references.append(_Reference(run, feeds, [eager.infer(one) for one in feeds]))
         self._refuse_constants()
 
-    def compare(self, engine: Runner) -> Agreement:
-        """What `engine`, opened with `observe=(FEATURES,)`, differs by."""
+    def compare(self, engine: Runner, profile: Profile | None = None) -> Agreement:
+        """What `engine`, opened with `observe=(FEATURES,)`, differs by.
+
+        Args:
+            profile: the sizes that it takes, if it was built for some; the others are left out.
+        """
         about = "neighbours" if self.contract is TRUNK else "labels"
-        found = Agreement(about, images=len(self.samples.pictures), shapes=self.shapes)
+        found = Agreement(about, images=len(self.samples.pictures))
         total = 0.0
         scores: list[np.ndarray] = []
-        for number, references in enumerate(self._references):
-            for reference in references:
-                outputs = engine.infer(reference.feeds)
-                total += self._compare_values(outputs, reference.outputs, found)
+        for number, reference in enumerate(self._references):
+            if not takes(profile, self.contract, reference.shape):
+                continue
+            found.shapes.append(shown(reference.shape))
+            for feeds, wanted in zip(reference.feeds, reference.outputs, strict=True):
+                outputs = engine.infer(feeds)
+                total += self._compare_values(outputs, wanted, found)
                 if number == 0:
                     scores.append(outputs[self._score])
         found.mean = total / max(found.compared, 1)
-        wanted = np.concatenate([r.outputs[self._score] for r in self._references[0]])
         if self.contract is TRUNK:
-            found.agreement = equal_neighbours(np.concatenate(scores), wanted)
+            found.agreement = equal_neighbours(self._of_images(scores), self._wanted())
         else:
-            self._compare_labels(np.concatenate(scores), wanted, found)
+            self._compare_labels(self._of_images(scores), self._wanted(), found)
         return found
+
+    def differences(self, engine: Runner) -> Iterator[dict[str, float]]:
+        """For each image the largest difference of every output, at the main shape."""
+        main = self._references[0]
+        left = len(self.samples.pictures)
+        for feeds, wanted in zip(main.feeds, main.outputs, strict=True):
+            outputs = engine.infer(feeds)
+            images = len(feeds["image"])
+            for image in range(min(images, left)):
+                yield {
+                    name: _largest_of_image(outputs[name], values, images, image)
+                    for name, values in wanted.items()
+                }
+            left -= images
+
+    def _wanted(self) -> np.ndarray:
+        """What the original scores the images: float [N, ...]."""
+        return self._of_images([outputs[self._score] for outputs in self._references[0].outputs])
+
+    def _of_images(self, batches: Sequence[np.ndarray]) -> np.ndarray:
+        """One row for each image: those that a batch was filled up with are left out."""
+        return np.concatenate(batches)[: len(self.samples.pictures)]
 
     def _compare_values(
         self, outputs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], found: Agreement
@@ -204,7 +242,7 @@ class Gate:
 
     def speed(self, engine: Runner) -> dict[str, Any]:
         """Views a second at the main shape, the median of a few rounds; indicative, for a table."""
-        feeds = self._references[0][0].feeds
+        feeds = self._references[0].feeds[0]
         engine.infer(feeds)
         seconds = []
         for _ in range(ROUNDS):
@@ -228,7 +266,7 @@ class Gate:
             found.map_engine = mean_average_precision(scores_NC, truth_NC)
 
     def _refuse_constants(self) -> None:
-        values = np.concatenate([r.outputs[self._score] for r in self._references[0]])
+        values = self._wanted()
         if self.contract is TRUNK:
             _refuse_alike(values)
         elif not np.isfinite(values).all() or values.std() == 0:
@@ -237,6 +275,47 @@ class Gate:
                 "images and classes that it tells apart: a comparison of constants would prove nothing",
                 "choose other --images",
             )
+
+
+def shapes_of(contract: GraphContract, profile: Profile | None = None) -> list[Shape]:
+    """What engines are compared at: the usual shapes, and those of the profile that TensorRT engines are built for.
+
+    The first, from which labels are taken, is one that every engine takes.
+    """
+    usual = SHAPES if contract.takes_views else WHOLE_SHAPES
+    if profile is None:
+        return list(usual)
+    batch, views = profile.batch, profile.views if contract.takes_views else (1, 1, 1)
+    main = min(max(usual[0][0], batch[0]), batch[2])
+    own = [(size, _affordable(size, views, views[1])) for size in batch]
+    own.append((batch[0], _affordable(batch[0], views, views[2])))
+    return list(dict.fromkeys([(main, _affordable(main, views, usual[0][1])), *usual, *own]))
+
+
+def _affordable(batch: int, views: Bounds, wanted: int) -> int:
+    """The number of views within a profile's bounds that is nearest to `wanted` and not too much for the CPU."""
+    return min(max(min(wanted, MOST_VIEWS // batch), views[0]), views[2])
+
+
+def takes(profile: Profile | None, contract: GraphContract, shape: Shape) -> bool:
+    """Whether an engine that is built for a profile takes so many images with so many views each."""
+    if profile is None:
+        return True
+    batch, views = shape
+    fits = profile.batch[0] <= batch <= profile.batch[2]
+    return fits and (not contract.takes_views or profile.views[0] <= views <= profile.views[2])
+
+
+def shown(shape: Shape) -> str:
+    """A shape in words, such as "4 x 1+3x3"."""
+    batch, views = shape
+    return f"{batch} x {GRIDS.get(views, f'{views} views')}"
+
+
+def _largest_of_image(found: np.ndarray, wanted: np.ndarray, images: int, image: int) -> float:
+    """Largest difference within one image's part of an output of `images` images, whatever its axes."""
+    found_BF, wanted_BF = (values.reshape(images, -1) for values in (found, wanted))
+    return float(np.abs(found_BF[image] - wanted_BF[image]).max())
 
 
 def equal_neighbours(found_ND: np.ndarray, wanted_ND: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -42,13 +43,43 @@ def export_text(teacher: Teacher, vocabulary: Vocabulary, target: Path) -> None:
     own = isinstance(teacher.tokenizer, SimpleTokenizer)
     described = {"name": CLIPS_OWN if own else teacher.spec.open_clip_name, "context_length": length}
     set_metadata(target, {TOKENIZER_KEY: json.dumps(described)})
-    difference = float(
-        np.abs(rows_from_graph(target, vocabulary) - teacher.text_matrix(vocabulary).numpy()).max()
-    )
-    if not difference <= TOLERANCE:
+    found = compare_text(target, teacher, vocabulary)
+    if not found["passed"]:
         raise ParityError(
-            f"the text tower's graph differs from the original by {difference:.2g}", f"at most {TOLERANCE:g}"
+            f"the text tower's graph differs from the original by {found['largest']:.2g}",
+            f"at most {TOLERANCE:g}",
         )
+
+
+def compare_text(graph: Path, teacher: Teacher, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a text tower's graph differs from the original's by, with the fields of `cliplet.export.parity.verdict`.
+
+    There are no labels to agree and no images: `agreement` and mAP are None.
+
+    Raises:
+        EnvironmentError_: the model's tokenizer is not here.
+    """
+    found_CD, wanted_CD = rows_from_graph(graph, vocabulary), teacher.text_matrix(vocabulary).numpy()
+    difference_CD = np.abs(found_CD - wanted_CD)
+    largest = float(difference_CD.max())
+    # Written so that nan is a breach.
+    breaches = [] if largest <= TOLERANCE else [f"largest difference {largest:.2g}, tolerance {TOLERANCE:g}"]
+    return {
+        "against": "eager fp32",
+        "on": f"the prompts of {len(vocabulary.names)} classes",
+        "about": "text rows",
+        "compared": difference_CD.size,
+        "images": 0,
+        "largest": largest,
+        "mean": float(difference_CD.mean()),
+        "cosine": float((found_CD * wanted_CD).sum(1).min()),
+        "agreement": None,
+        "map_original": None,
+        "map_engine": None,
+        "tolerance": {"largest": TOLERANCE},
+        "breaches": breaches,
+        "passed": not breaches,
+    }
 
 
 def rows_from_graph(graph: Path, vocabulary: Vocabulary) -> np.ndarray:

@@ -62,7 +62,7 @@ def exchange_vocabulary(
     text_CD = _text_rows(bundle, vocabulary)
     with staging_folder(folder, "choose another --out") as staged:
         _copy_with(text_CD, bundle, staged)
-        samples = comparison_samples(vocabulary.names, manifest.preprocessing, options)
+        samples = comparison_samples(vocabulary, manifest.preprocessing, options)
         thresholds = (DEFAULT_THRESHOLD,) * len(vocabulary.names)
         with _NewHead(bundle, text_CD, options.threads) as reference:
             gate = Gate(reference, SNIPPETS, manifest.preprocessing, samples, thresholds)

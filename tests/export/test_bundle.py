@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import cliplet
 from cliplet import snippets
 from cliplet.artifact import MODEL_FILE, TEXT_FILE, Bundle, BundleJob, cache_folder
 from cliplet.cli import main
+from cliplet.engine_sidecar import Profile
 from cliplet.errors import ArtifactError, EnvironmentError_, ParityError, UsageError
 from cliplet.export import bundle as building
 from cliplet.export import parity, verification
@@ -199,6 +200,43 @@ def test_verify_agrees_and_reproduces(made: Bundle, tmp_path: Path, cli: Cli) ->
         [sys.executable, script], capture_output=True, text=True, check=True, timeout=120
     )
     assert repeated.stdout.count("largest difference of view_probs") == 4
+    assert rows[TEXT_FILE]["parity"]["passed"] and 0 < rows[TEXT_FILE]["parity"]["largest"] < 1e-4
+    (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [TEXT_FILE]]
+    assert line.split()[-1] == "agrees"
+
+
+def test_verify_finds_a_text_tower_that_changed(made: Bundle, tmp_path: Path) -> None:
+    folder = shutil.copytree(made.folder, tmp_path / "bundle")
+    graph = onnx.load(folder / TEXT_FILE)
+    weights = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    changed = onnx.numpy_helper.to_array(weights)[::-1].copy()
+    weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+    onnx.save(graph, folder / TEXT_FILE)
+    rows = verification.verify(Bundle(folder, made.manifest), replace(FEW, count=1))
+    assert [row.name for row in rows if not row.parity["passed"]] == [TEXT_FILE]
+    with pytest.raises(ParityError, match="1 of 4 .*text.onnx: largest difference"):
+        verification.hold(rows)
+
+
+def test_a_reproduction_names_what_is_here_in_full(
+    made: Bundle, toy_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = replace(FEW, images=("photos", "s3://bucket/photos", "more/*.jpg"))
+    model = f"open_clip:local-dir:{os.path.relpath(toy_clip, tmp_path)}"
+    engine = made.manifest.engines[0]
+    verification.write_reproduction(tmp_path / "again.py", made, engine, options, model)
+    script = (tmp_path / "again.py").read_text()
+    assert repr((f"{tmp_path}/photos", "s3://bucket/photos", f"{tmp_path}/more/*.jpg")) in script
+    assert f"MODEL = {f'open_clip:local-dir:{toy_clip}'!r}" in script
+
+
+def test_a_profile_is_that_of_all_tensorrt_engines(made: Bundle) -> None:
+    built = Profile(batch=(1, 16, 128), views=(2, 3, 4), canvas=(32, 64, 320))
+    details = json.loads(json.dumps({"profile": asdict(built)}))
+    engine = replace(made.manifest.engines[0], runtime="tensorrt_rtx", details=details)
+    assert verification.common_profile([*made.manifest.engines, engine]) == built
+    assert verification.common_profile(made.manifest.engines) == Profile()
 
 
 def test_verify_wants_the_model_it_was_made_from(made: Bundle, toy_siglip: Path) -> None:
@@ -291,6 +329,14 @@ def test_a_bundle_is_replaced_by_a_whole_one_only(
         (["--runtime", "tensorrt_rtx", "--precision", "int8"], "nothing is built for"),
         (["--batch", "4,1,32"], "batch"),
         (["--images", "nowhere"], "nowhere"),
+        (["--runtime", "onnx", "--target", "sm89"], "--target without a TensorRT engine"),
+        (
+            ["--runtime", "onnx", "--batch", "8", "--views", "4"],
+            "--batch and --views without a TensorRT engine",
+        ),
+        (["--runtime", "onnx", "--canvas", "640"], "--canvas without a TensorRT engine"),
+        (["--runtime", "onnx", "--calibration", "/nonexistent"], "--calibration without an INT8 engine"),
+        (["--runtime", "onnx", "--calibration-count", "128"], "--calibration-count without an INT8 engine"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(
@@ -361,16 +407,26 @@ def test_int8_is_for_bundles_that_were_exported(toy_clip: Path) -> None:
     assert "cliplet export" in caught.value.fix
 
 
+# Exports, and is killed where the graph is written and nothing was compared yet.
+KILLED = """
+import os, signal, sys
+from cliplet.cli import main
+from cliplet.export import bundle
+
+bundle.open_gate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_export_leaves_no_bundle(toy_clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "cliplet.cli", "export", f"open_clip:local-dir:{toy_clip}"]
-    process = subprocess.Popen([*command, "--classes", CLASSES, "--out", str(out)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".bundle-*/model.onnx")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    words = ["export", f"open_clip:local-dir:{toy_clip}", "--classes", CLASSES, "--out", str(out)]
+    words += ["--runtime", "onnx", "--count", "4"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list(tmp_path.glob(".bundle-*/model.onnx")), "it was killed before it had written anything"
     assert not out.exists()
-    assert main([*command[3:], "--classes", CLASSES, "--out", str(out), "--count", "4"]) == 0
+    assert main(words) == 0
     assert (out / MODEL_FILE).is_file()
 
 

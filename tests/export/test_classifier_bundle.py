@@ -104,6 +104,14 @@ def test_a_classifier_refuses_what_it_cannot_do(
         cliplet.load(str(classifier), **settings)
 
 
+def test_views_are_refused_of_what_sees_the_whole(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--runtime", "tensorrt_rtx", "--target", "sm89", "--views", "4"]
+    assert main(["export", str(classifier), "--out", str(tmp_path / "new"), *options]) == 2
+    assert "--views 4 for" in capsys.readouterr().err
+
+
 def test_its_classes_cannot_be_exchanged(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

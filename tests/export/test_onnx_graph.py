@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from cliplet.errors import DataError
 from cliplet.export import onnx_graph
 from cliplet.export.onnx_graph import metadata, set_metadata, set_vocabulary, trace
 from cliplet.export.originals import Original, load_original
+from cliplet.machine import peak_memory_bytes
 from cliplet.model_spec import parse_model_spec
 from cliplet.runners.onnx_runner import OnnxRunner
 from cliplet.runners.openvino_runner import OpenVinoRunner
@@ -167,6 +170,41 @@ def resizing(
     file = tmp_path_factory.mktemp("resizing") / "model.onnx"
     write_graph(module, file)
     return file, fed
+
+
+# Prints how much memory one run of 32 images with 30 views each took at most, beside what was there before it.
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from cliplet.contract import SNIPPETS
+from cliplet.machine import peak_memory_bytes
+from cliplet.runners.onnx_runner import OnnxRunner
+from cliplet.views import Views
+
+image = np.ones((32, 640, 640, 3), np.uint8)
+whole = np.asarray([[0, 0, 640, 640]], np.float32)
+cells = Views.parse("1+2x2+3x3+4x4").cells(640, 640)
+boxes = np.tile(np.concatenate([whole, cells]), (32, 1, 1))
+with OnnxRunner(Path(sys.argv[1]), SNIPPETS) as runner:
+    before = peak_memory_bytes()
+    runner.infer({"image": image, "boxes": boxes})
+    print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(peak_memory_bytes() is None, reason="the kernel does not say how much memory was used")
+def test_a_large_batch_needs_as_much_memory_as_is_said(tmp_path: Path) -> None:
+    """What export/README.md states; onnxruntime may round up to twice as much. All images at once would need 5 GB."""
+    size = 112
+    fed = Preprocessing(size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "squash")
+    module = Snippets(Shrunk(), torch.eye(3, 3 * (size // 56) ** 2), 10.0, None, fed, Aggregation()).eval()
+    write_graph(module, tmp_path / "model.onnx")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "model.onnx")]
+    found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    one_image, pixels = 300e6, 32 * 640 * 640 * 12
+    views = 32 * 30 * 3 * size * size * 4
+    assert found <= 2 * (one_image + pixels + 2 * views)
 
 
 @pytest.mark.parametrize("runner", [OnnxRunner, OpenVinoRunner])
