@@ -122,10 +122,13 @@ class ConnectionSettings:
         token: what the server was given as --token; by default $CLIPLET_TOKEN.
         ca: file with the certificates (PEM) that the server's own is signed by; by default $CLIPLET_CA, or those
             that the system trusts.
-        deadline_s: seconds from asking to the answer, all tries together.
+        deadline_s: seconds from asking to the answer, all tries and the wait for a turn together. What comes on top
+            of them, where that is needed: looking a host's name up, the 5 s that showing memory to a server and
+            checking on one that is late may take, and comparing a server that was away with the one before.
         retries: further tries after one that failed for a reason that may pass.
         wait_s: seconds to wait beyond that for a server that has gone away in the middle of the work.
-        in_flight: most requests at a time.
+        in_flight: most inferences at a time, of all threads or tasks that share the connection; others wait their
+            turn.
         shared_memory: pass tensors to a server on this machine through memory that both see: `on`, `off`, or
             `auto`: where it is possible.
     """

@@ -1,22 +1,36 @@
-"""A connection to a server for asyncio: the same calls, patience and errors as `cliplet.triton_calls`.
+"""A connection to a server for asyncio: the same calls, turns, patience and errors as `cliplet.triton_calls`.
 
-Tensors go through the connection: what is asked for from asyncio is mostly encoded images.
+Tensors go through the connection: what is asked for from asyncio is mostly encoded images. Who will wait no longer
+cancels the task.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cliplet.contract import GraphContract, TensorSpec
-from cliplet.errors import ClipletError
+from cliplet.errors import ClipletError, UsageError
 from cliplet.server_address import ConnectionSettings, ServerAddress
 from cliplet.serving import CARD_KEY, ModelCard
-from cliplet.triton_calls import checked_request, hold_answer, not_served, unnamed
-from cliplet.triton_errors import HTTP_CODES, CallFailed, Patience, explained
+from cliplet.triton_calls import (
+    QUICK_S,
+    KnownServer,
+    away,
+    checked_request,
+    hold_answer,
+    is_answer,
+    is_unknown,
+    may_be_away,
+    not_served,
+    read_card,
+    unnamed,
+)
+from cliplet.triton_errors import HTTP_CODES, CallFailed, NoTurn, Patience, explained
 from cliplet.triton_wire import Request, failed_by_grpc, grpc_channel, tls_context
 
 T = TypeVar("T")
@@ -29,6 +43,10 @@ class AsyncConnection:
         self.address = address
         self.settings = settings or ConnectionSettings()
         self._headers = self.settings.headers(address.headers_prefix)
+        self._turns = asyncio.BoundedSemaphore(self.settings.in_flight)
+        self._known = KnownServer(address, self.settings)
+        self._lock = asyncio.Lock()
+        self._checking: asyncio.Task[Any] | None = None
         self._module, self._client = self._opened()
 
     async def close(self) -> None:
@@ -37,10 +55,8 @@ class AsyncConnection:
 
     async def served(self) -> tuple[str, ...]:
         """Names of the bundles that it serves; see `Connection.served`."""
-        found = await self._tried(lambda s: self._called("get_inference_statistics", s))
-        rows = found["model_stats"] if self.address.http else [{"name": r.name} for r in found.model_stats]
-        names = sorted({str(row["name"]) for row in rows})
-        return tuple([name for name in names if await self._card_text(name) is not None])
+        names = await self._tried(lambda patience: self._models(patience.left_s))
+        return tuple([name for name in names if await self._known_card_text(name) is not None])
 
     async def card(self, name: str | None = None) -> ModelCard:
         """What it tells of a bundle; see `Connection.card`."""
@@ -50,10 +66,24 @@ class AsyncConnection:
             if len(served) != 1:
                 raise unnamed(self.address, served)
             (name,) = served
-        text = await self._card_text(name)
+        if name not in self._known.cards:
+            self._known.cards[name] = await self._fetched_card(name)
+        return self._known.cards[name]
+
+    async def _fetched_card(self, name: str) -> ModelCard:
+        text = await self._known_card_text(name)
         if text is None:
             raise not_served(self.address, name, await self.served())
-        return ModelCard.from_json(text, f"{self.address}, model {name!r},")
+        return read_card(text, self.address, name)
+
+    async def _known_card_text(self, model: str) -> str | None:
+        """The card in a model's configuration; None if there is none, or no such model."""
+        try:
+            return await self._tried(lambda patience: self._card_text(model, patience.left_s))
+        except UsageError as error:
+            if is_unknown(error):
+                return None
+            raise
 
     async def infer(
         self,
@@ -67,11 +97,82 @@ class AsyncConnection:
     ) -> dict[str, np.ndarray]:
         """Outputs by name; see `Connection.infer`."""
         request = checked_request(model, contract, feeds, more, priority)
-        found = await self._tried(lambda seconds: self._inferred(request, seconds), deadline_s)
+        found = await self._tried(lambda patience: self._inferred(request, patience), deadline_s)
         hold_answer(contract, feeds, more, found)
         return found
 
-    async def _inferred(self, request: Request, timeout_s: float) -> dict[str, np.ndarray]:
+    async def _inferred(self, request: Request, patience: Patience) -> dict[str, np.ndarray]:
+        async with self._turn(patience):
+            try:
+                return await self._infer_once(request, patience.left_s)
+            except CallFailed as failed:
+                # Else the server was started anew, and nobody noticed so far.
+                self._known.doubted |= failed.code == "NOT_FOUND"
+                raise
+
+    @asynccontextmanager
+    async def _turn(self, patience: Patience) -> AsyncIterator[None]:
+        """Context of one try: who pauses before the next one lets others go."""
+        try:
+            async with asyncio.timeout(patience.left_s):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise NoTurn(self.settings.in_flight) from error
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    # Trying again
+
+    async def _tried(self, call: Callable[[Patience], Awaitable[T]], deadline_s: float | None = None) -> T:
+        """What a call returns, tried until it does or patience ends."""
+        patience = Patience(self.settings, deadline_s)
+        while True:
+            try:
+                found = await call(patience)
+            except CallFailed as failed:
+                error = await self._explained(failed, patience)
+                if is_answer(error):
+                    await self._answered()
+                await asyncio.sleep(self._known.pause(patience, error, failed))
+            else:
+                await self._answered()
+                return found
+
+    async def _explained(self, failed: CallFailed, patience: Patience) -> ClipletError:
+        error = explained(failed, self.address, patience.deadline_s)
+        if may_be_away(error, self.settings) and not await self._is_alive():
+            return away(error)
+        return error
+
+    async def _is_alive(self) -> bool:
+        try:
+            await self._models(QUICK_S)
+        except CallFailed:
+            return False
+        return True
+
+    async def _answered(self) -> None:
+        """See `Connection._answered`."""
+        if self._checking is asyncio.current_task():
+            return
+        async with self._lock:
+            if not self._known.heard():
+                return
+            self._checking = asyncio.current_task()
+            try:
+                for name in list(self._known.cards):
+                    self._known.hold(name, await self._fetched_card(name))
+            except BaseException:
+                self._known.doubted = True
+                raise
+            finally:
+                self._checking = None
+
+    # Of each protocol; these raise `CallFailed`
+
+    async def _infer_once(self, request: Request, timeout_s: float) -> dict[str, np.ndarray]:
         result = await self._called(
             "infer",
             timeout_s,
@@ -83,34 +184,21 @@ class AsyncConnection:
         )
         return request.arrays(result)
 
-    async def _card_text(self, model: str) -> str | None:
-        """The card in a model's configuration; None if there is none, or no such model."""
-        try:
-            found = await self._tried(lambda seconds: self._called("get_model_config", seconds, model))
-        except ClipletError as error:
-            if isinstance(error.__cause__, CallFailed) and error.__cause__.code == "NOT_FOUND":
-                return None
-            raise
+    async def _models(self, timeout_s: float) -> list[str]:
+        """Names of all models that are loaded."""
+        found = await self._called("get_inference_statistics", timeout_s)
+        rows = found["model_stats"] if self.address.http else [{"name": r.name} for r in found.model_stats]
+        return sorted({str(row["name"]) for row in rows})
+
+    async def _card_text(self, model: str, timeout_s: float) -> str | None:
+        """The card in a model's configuration; None if there is none."""
+        found = await self._called("get_model_config", timeout_s, model)
         if self.address.http:
             text = found.get("parameters", {}).get(CARD_KEY, {}).get("string_value")
         else:
             parameters = found.config.parameters
             text = parameters[CARD_KEY].string_value if CARD_KEY in parameters else None
         return None if text is None else str(text)
-
-    async def _tried(self, call: Callable[[float], Awaitable[T]], deadline_s: float | None = None) -> T:
-        """What a call returns, tried until it does or patience ends."""
-        patience = Patience(self.settings, deadline_s)
-        while True:
-            try:
-                return await call(patience.left_s)
-            except CallFailed as failed:
-                error = explained(failed, self.address, patience.deadline_s)
-                try:
-                    pause = patience.pause(error)
-                except ClipletError as final:
-                    raise final from failed
-            await asyncio.sleep(pause)
 
     async def _called(self, method: str, timeout_s: float, *given: Any, **named: Any) -> Any:
         own = {} if self.address.http else {"client_timeout": timeout_s}
@@ -146,7 +234,8 @@ class AsyncConnection:
             tls = tls_context(settings) if address.tls else None
             return http, http.InferenceServerClient(
                 address.netloc,
-                conn_limit=settings.in_flight,
+                # Inferences wait for their turn; whether the server lives is asked beside them.
+                conn_limit=0,
                 # Each call has its own limit.
                 conn_timeout=0,
                 ssl=address.tls,

@@ -25,13 +25,23 @@ from cliplet.errors import ClipletError, EnvironmentError_, ServerError, UsageEr
 from cliplet.server_address import ConnectionSettings, ServerAddress, read_state
 from cliplet.serving import ModelCard
 from cliplet.shared_segments import NoSharedMemory, Segment, SegmentPool, sweep
-from cliplet.triton_errors import CallFailed, DeadlineExpired, Patience, ServerAway, explained, is_gone
+from cliplet.triton_errors import (
+    CallFailed,
+    DeadlineExpired,
+    NoTurn,
+    Patience,
+    ServerAway,
+    explained,
+    is_gone,
+)
 from cliplet.triton_wire import Region, Request, open_wire
 
 T = TypeVar("T")
 log = logging.getLogger("cliplet")
 # Of calls that any server answers at once.
 QUICK_S = 5.0
+# Silence in which one server cannot have ended and another one have started and loaded its models.
+SURELY_SAME_S = 0.5
 
 
 class Connection:
@@ -49,12 +59,11 @@ class Connection:
         self.settings = settings or ConnectionSettings()
         self._wire = open_wire(address, self.settings)
         self._pool = SegmentPool(self._show, self._hide)
+        self._turns = threading.BoundedSemaphore(self.settings.in_flight)
+        self._known = KnownServer(address, self.settings)
         self._lock = threading.RLock()
         self._waits = True
-        self._changed: ServerError | None = None
-        self._away_since: float | None = None
-        self._doubted = self._checking = False
-        self._cards: dict[str, ModelCard] = {}
+        self._checking = False
         self.shares_memory = False
         if self.settings.shared_memory != "off":
             self._share_memory()
@@ -108,20 +117,20 @@ class Connection:
             if len(served) != 1:
                 raise unnamed(self.address, served)
             (name,) = served
-        if name not in self._cards:
-            self._cards[name] = self._fetched_card(name)
-        return self._cards[name]
+        if name not in self._known.cards:
+            self._known.cards[name] = self._fetched_card(name)
+        return self._known.cards[name]
 
     def _fetched_card(self, name: str) -> ModelCard:
         try:
             text = self._card_text(name)
         except UsageError as error:
-            if not isinstance(error.__cause__, CallFailed) or error.__cause__.code != "NOT_FOUND":
+            if not is_unknown(error):
                 raise
             text = None
         if text is None:
             raise not_served(self.address, name, self.served())
-        return ModelCard.from_json(text, f"{self.address}, model {name!r},")
+        return read_card(text, self.address, name)
 
     def _card_text(self, model: str) -> str | None:
         return self._tried(lambda patience: self._wire.card(model, patience.left_s))
@@ -138,10 +147,10 @@ class Connection:
         deadline_s: float | None = None,
         priority: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Outputs by name: those of the contract, and `more`.
+        """Outputs by name: those of the contract, and `more`. At most `in_flight` inferences are under way at a time.
 
         Args:
-            deadline_s: in place of the connection's.
+            deadline_s: in place of the connection's; waiting for a turn counts.
             priority: 1 goes before others; 0 leaves it to the server.
 
         Raises:
@@ -151,23 +160,32 @@ class Connection:
             UsageError: it wants another token, or does not know the model.
         """
         request = checked_request(model, contract, feeds, more, priority)
-        outputs = self._tried(lambda patience: self._infer_once(request, patience.left_s), deadline_s)
+        outputs = self._tried(lambda patience: self._infer_in_turn(request, patience), deadline_s)
         hold_answer(contract, feeds, more, outputs)
         return outputs
 
-    def _infer_once(self, request: Request, timeout_s: float) -> dict[str, np.ndarray]:
+    def _infer_in_turn(self, request: Request, patience: Patience) -> dict[str, np.ndarray]:
+        # Of one try alone: who pauses before the next one lets others go.
+        if not self._turns.acquire(timeout=patience.left_s):
+            raise NoTurn(self.settings.in_flight)
+        try:
+            return self._infer_once(request, patience)
+        finally:
+            self._turns.release()
+
+    def _infer_once(self, request: Request, patience: Patience) -> dict[str, np.ndarray]:
         try:
             with self._regions(request.feeds) as regions:
-                return self._wire.infer(replace(request, regions=regions), timeout_s)
+                return self._wire.infer(replace(request, regions=regions), patience.left_s)
         except CallFailed as failed:
             if failed.code == "NOT_FOUND":
                 # The server was started anew, and nobody noticed so far.
-                self._doubted = True
+                self._known.doubted = True
                 self._pool.server_forgot()
             if not failed.forgot_region:
                 raise
         with self._regions(request.feeds) as regions:
-            return self._wire.infer(replace(request, regions=regions), timeout_s)
+            return self._wire.infer(replace(request, regions=regions), patience.left_s)
 
     # Trying again
 
@@ -179,29 +197,19 @@ class Connection:
                 found = call(patience)
             except CallFailed as failed:
                 error = self._explained(failed, patience)
-                if not (isinstance(error, DeadlineExpired) or is_gone(error)):
+                if is_answer(error):
                     self._answered()
-                sleep(self._pause(patience, error, failed))
+                sleep(self._known.pause(patience, error, failed))
                 if is_gone(error) and not self._waits:
                     raise error from failed
             else:
                 self._answered()
                 return found
 
-    def _pause(self, patience: Patience, error: ClipletError, failed: CallFailed) -> float:
-        try:
-            pause = patience.pause(error)
-        except ClipletError as final:
-            raise final from failed
-        if is_gone(error):
-            self._missed(error)
-        return pause
-
     def _explained(self, failed: CallFailed, patience: Patience) -> ClipletError:
         error = explained(failed, self.address, patience.deadline_s)
-        # Of a machine that is gone nothing comes back, not even a refusal.
-        if isinstance(error, DeadlineExpired) and self.settings.wait_s and not self._is_alive():
-            return ServerAway(error.happened, error.expected, error.fix)
+        if may_be_away(error, self.settings) and not self._is_alive():
+            return away(error)
         return error
 
     def _is_alive(self) -> bool:
@@ -211,41 +219,24 @@ class Connection:
             return False
         return True
 
-    def _missed(self, error: ClipletError) -> None:
-        """Say once that the server is away or its model dead, where that is being waited for."""
-        with self._lock:
-            first, self._away_since = self._away_since is None, self._away_since or monotonic()
-            self._doubted = True
-        if first and self.settings.wait_s:
-            log.warning("%s; waiting for it, at most %.0f s", error.happened, self.settings.wait_s)
-
     def _answered(self) -> None:
         """After an absence: whether it is still the same server, as far as results go. Nobody goes on before."""
         with self._lock:
-            if self._changed is not None:
-                raise self._changed
-            if not self._doubted or self._checking:
+            missed = self._known.doubted
+            if self._checking or not self._known.heard():
                 return
-            since, self._away_since = self._away_since, None
-            if since is not None:
-                log.info("%s answers again after %.0f s", self.address, monotonic() - since)
-            self._pool.server_forgot()
+            # One that was only silent mostly is the same, and would keep what it is never told to forget.
+            if missed:
+                self._pool.server_forgot()
             self._checking = True
             try:
-                self._hold_cards()
+                for name in list(self._known.cards):
+                    self._known.hold(name, self._fetched_card(name))
+            except BaseException:
+                self._known.doubted = True
+                raise
             finally:
                 self._checking = False
-            self._doubted = False
-
-    def _hold_cards(self) -> None:
-        for name, before in list(self._cards.items()):
-            if self._fetched_card(name).to_json() != before.to_json():
-                self._changed = ServerError(
-                    f"{self.address} came back with another bundle, engine or thresholds as {name!r}",
-                    "the one that this work began with",
-                    "serve that one again, and the same command continues",
-                )
-                raise self._changed
 
     # Shared memory
 
@@ -307,6 +298,78 @@ class Connection:
             self._wire.unregister(name, self._secret() or "", QUICK_S)
 
 
+class KnownServer:
+    """What a connection, of threads or of asyncio, knows of its server, so that another one in its place is noticed.
+
+    Attributes:
+        cards: of the bundles that were asked for, as they were then.
+        doubted: it may be another one by now; after its next answer, `cards` have to be compared with its own.
+    """
+
+    def __init__(
+        self, address: ServerAddress, settings: ConnectionSettings, *, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.cards: dict[str, ModelCard] = {}
+        self.doubted = False
+        self._address, self._settings, self._clock = address, settings, clock
+        self._lock = threading.Lock()
+        self._heard_at = clock()
+        self._away_since: float | None = None
+        self._changed: str | None = None
+
+    def pause(self, patience: Patience, error: ClipletError, failed: CallFailed) -> float:
+        """Seconds until a failed call is tried again; raises `error` where it is not. Says once that it is away."""
+        try:
+            seconds = patience.pause(error)
+        except ClipletError as final:
+            raise final from failed
+        if is_gone(error):
+            self._missed(error)
+        return seconds
+
+    def heard(self) -> bool:
+        """Note an answer; whether `cards` have to be compared before anybody goes on.
+
+        Between two calls a server may be replaced without a call that fails, so that silence is a reason, too.
+
+        Raises:
+            ServerError: they were compared before, and differ.
+        """
+        if self._changed is not None:
+            raise self._other(self._changed)
+        with self._lock:
+            now = self._clock()
+            silent, self._heard_at = now - self._heard_at > SURELY_SAME_S, now
+            # Not after the comparison: what is missed during it is a reason to compare again.
+            doubted, self.doubted = self.doubted or silent, False
+            since = self._away_since
+            if doubted:
+                self._away_since = None
+        if since is not None and doubted:
+            log.info("%s answers again after %.0f s", self._address, now - since)
+        return doubted
+
+    def hold(self, name: str, card: ModelCard) -> None:
+        """Raise `ServerError` if a bundle's card is not as it was."""
+        if card.to_json() != self.cards[name].to_json():
+            self._changed = name
+            raise self._other(name)
+
+    def _missed(self, error: ClipletError) -> None:
+        with self._lock:
+            first, self._away_since = self._away_since is None, self._away_since or self._clock()
+            self.doubted = True
+        if first and self._settings.wait_s:
+            log.warning("%s; waiting for it, at most %.0f s", error.happened, self._settings.wait_s)
+
+    def _other(self, name: str) -> ServerError:
+        return ServerError(
+            f"{self._address} came back with another bundle, engine or thresholds as {name!r}",
+            "the one that this work began with",
+            "serve that one again, and the same command continues",
+        )
+
+
 class _CannotShow(NoSharedMemory):
     """The server answers, but does not see this process's shared memory, as from within a container."""
 
@@ -332,6 +395,31 @@ def hold_answer(
 ) -> None:
     """Raise `DataError` unless an answer is what was asked for."""
     GraphContract(contract.name, contract.inputs, (*contract.outputs, *more)).check_outputs(feeds, outputs)
+
+
+def is_answer(error: ClipletError) -> bool:
+    """Whether a failed call was answered all the same: with what is wrong with it, or that there is no room."""
+    return not (isinstance(error, DeadlineExpired) or is_gone(error))
+
+
+def may_be_away(error: ClipletError, settings: ConnectionSettings) -> bool:
+    """Whether to look after a server that is late: of a machine that is gone nothing comes back, not even a refusal."""
+    return isinstance(error, DeadlineExpired) and settings.wait_s > 0
+
+
+def away(error: ClipletError) -> ServerAway:
+    """The error of a server that proved to be away, not late."""
+    return ServerAway(error.happened, error.expected, error.fix)
+
+
+def is_unknown(error: ClipletError) -> bool:
+    """Whether the server does not know the model that was asked for."""
+    return isinstance(error.__cause__, CallFailed) and error.__cause__.code == "NOT_FOUND"
+
+
+def read_card(text: str, address: ServerAddress, name: str) -> ModelCard:
+    """A served bundle's card; `ArtifactError` if another version wrote it."""
+    return ModelCard.from_json(text, f"{address}, model {name!r},")
 
 
 def unnamed(address: ServerAddress, served: tuple[str, ...]) -> UsageError:

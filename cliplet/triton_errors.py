@@ -63,6 +63,13 @@ class CallFailed(Exception):
         return _FORGOTTEN_REGION.search(self.message) is not None
 
 
+class NoTurn(CallFailed):
+    """A call that was never sent, as others were under way for as long as it had time."""
+
+    def __init__(self, in_flight: int) -> None:
+        super().__init__("DEADLINE_EXCEEDED", f"at most {in_flight} may be under way")
+
+
 class ServerAway(ServerError):
     """Nobody answers there, or one who is just stopping or starting."""
 
@@ -88,6 +95,12 @@ def explained(failed: CallFailed, address: ServerAddress, deadline_s: float) -> 
             f"{address} refuses the call: {said}",
             "the token that the server was started with",
             f"export {TOKEN_VARIABLE}=…",
+        )
+    if isinstance(failed, NoTurn):
+        return DeadlineExpired(
+            f"a request to {address} got no turn within {deadline_s:.3g} s: {said}",
+            "fewer requests that wait",
+            "send more at a time (in_flight, --in-flight), or allow more time with --deadline",
         )
     if code == "DEADLINE_EXCEEDED" or _IN_QUEUE_TOO_LONG.search(message):
         return DeadlineExpired(

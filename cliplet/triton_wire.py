@@ -7,12 +7,16 @@ to threads, so HTTP itself is done with the standard library here.
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from time import monotonic
 from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -72,7 +76,7 @@ class Request:
 
 
 class Wire(Protocol):
-    """A server by one of its protocols; every call raises `CallFailed`."""
+    """A server by one of its protocols; every call ends within `timeout_s`, or raises `CallFailed`."""
 
     def infer(self, request: Request, timeout_s: float) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -186,7 +190,11 @@ class GrpcWire:
 
 
 class HttpWire:
-    """A server by HTTP; connections are kept and used by one thread at a time."""
+    """A server by HTTP; connections are kept and used by one thread at a time.
+
+    A call may take longer than its time in one case: while a connection is made. The system looks a host's name up
+    for as long as it likes, and each address of the name is given all the time.
+    """
 
     def __init__(self, address: ServerAddress, settings: ConnectionSettings) -> None:
         import tritonclient.http as client
@@ -251,14 +259,15 @@ class HttpWire:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[bytes, http.client.HTTPMessage]:
         """Body and headers of an answer of status 200."""
+        until = monotonic() + timeout_s
         with self._lock:
             kept = self._idle.pop() if self._idle else None
         if kept is not None:
             # One that was kept may be closed by now, or its server another one; a new one will tell.
             with suppress(ConnectionError, http.client.HTTPException):
-                return self._exchange(kept, method, path, body, headers, timeout_s)
+                return self._exchange(kept, method, path, body, headers, until)
         try:
-            return self._exchange(self._connection(timeout_s), method, path, body, headers, timeout_s)
+            return self._exchange(self._connection(), method, path, body, headers, until)
         except ConnectionError as error:
             raise CallFailed("UNAVAILABLE", str(error) or type(error).__name__) from error
         except http.client.IncompleteRead as error:
@@ -273,12 +282,15 @@ class HttpWire:
         path: str,
         body: bytes,
         headers: Mapping[str, str],
-        timeout_s: float,
+        until: float,
     ) -> tuple[bytes, http.client.HTTPMessage]:
-        connection.timeout = timeout_s
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout_s)
+        """What a connection answers before a point in time, by `monotonic`."""
+        connection.response_class = partial(_TimedResponse, until=until)  # type: ignore[assignment]
         try:
+            if connection.sock is None:
+                connection.timeout = _left_s(until)
+                connection.connect()
+            connection.sock.settimeout(_left_s(until))
             connection.request(method, path, body, {**self._headers, **headers})
             answer = connection.getresponse()
             said = answer.read()
@@ -297,11 +309,48 @@ class HttpWire:
             raise CallFailed(HTTP_CODES.get(answer.status, "INTERNAL"), _said(said, answer.status))
         return said, answer.headers
 
-    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+    def _connection(self) -> http.client.HTTPConnection:
         host, port = self._address.host, self._address.port
         if self._tls is None:
-            return http.client.HTTPConnection(host, port, timeout=timeout_s)
-        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
+            return http.client.HTTPConnection(host, port)
+        return http.client.HTTPSConnection(host, port, context=self._tls)
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer that has to be whole at a point in time: a socket's own limit begins anew with every piece."""
+
+    def __init__(self, sock: socket.socket, *, until: float, **named: Any) -> None:
+        super().__init__(sock, **named)
+        self.fp.close()
+        self.fp = io.BufferedReader(_TimedReader(sock, until))
+
+
+class _TimedReader(io.RawIOBase):
+    """What a socket receives before a point in time."""
+
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self._sock, self._until = sock, until
+        # Keeps the socket open after its connection was closed, as it is where the server ends it with its answer.
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_left_s(self._until))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _left_s(until: float) -> float:
+    """Seconds that are left; raises `TimeoutError` where there are none."""
+    seconds = until - monotonic()
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    return seconds
 
 
 def _said(body: bytes, status: int) -> str:

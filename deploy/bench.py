@@ -61,16 +61,19 @@ class BenchResult:
         return events
 
 
-def run_bench(job: BenchJob, say: Callable[[str], object] = lambda _: None) -> BenchResult:
+def run_bench(
+    job: BenchJob, say: Callable[[str], object] = lambda _: None, rows: Sequence[Row] | None = None
+) -> BenchResult:
     """Everything that `job` asks for; what was measured before Ctrl-C or SIGTERM is kept.
 
     Args:
         say: told of each measurement in a line.
+        rows: those of `rows_of(job)`, from who has looked at them before.
 
     Raises:
         UsageError, DataError: the images cannot be had.
     """
-    rows = rows_of(job)
+    rows = rows_of(job, say) if rows is None else rows
     limits: dict[str, Any] = {}
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="cliplet-bench-") as folder:

@@ -57,11 +57,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> t
 @click.option("--overwrite", is_flag=True, help="Replace the benchmark that --out holds.")
 @click.option("--compare", type=FILE, help=f"An earlier {RECORD}: what has changed, and whether it is more than noise.")  # fmt: skip
 @click.option("--trace", type=FILE, help="Write what the threads of `label` do as a Chrome trace (chrome://tracing).")  # fmt: skip
-@click.option("--slo-p99-ms", type=float, help="Exit with 4 if a row's 99th percentile of the engine's latency of a batch is above.")  # fmt: skip
-@click.option(
-    "--min-throughput", type=float, help="Exit with 4 if a row labels or embeds fewer images a second."
-)
-@click.option("--max-error-rate", type=float, help="Exit with 4 if a larger share of a row's images failed.")
+@click.option("--slo-p99-ms", type=float, help="Exit with 4 if a row's 99th percentile of the engine's latency of a batch is above, or if a row cannot be measured.")  # fmt: skip
+@click.option("--min-throughput", type=float, help="Exit with 4 if a row labels or embeds fewer images a second, or cannot be measured.")  # fmt: skip
+@click.option("--max-error-rate", type=float, help="Exit with 4 if a larger share of a row's images failed, or if a row cannot be measured.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, envvar="CLIPLET_BENCH_JSON", help="Print the record as JSON.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
 def bench(
@@ -77,16 +75,18 @@ def bench(
 
     MODELS are tiny, open_clip models, bundles, classifiers, trunks (which give embeddings) or triton://…. Each row is
     a model on a runtime in a precision with a size of batch; every measurement is a process of its own, and all rows
-    take turns. A row that cannot be measured says why. Ctrl-C keeps what was measured.
+    take turns. A row that cannot be measured says why. Ctrl-C keeps what was measured. The token of a server and the
+    certificates that its own is signed by come from $CLIPLET_TOKEN and $CLIPLET_CA.
     """
-    from cliplet.record import read_record, shown
+    from cliplet.record import shown
 
     from .bench import run_bench
-    from .bench_compare import compare, hold_objectives
-    from .bench_rows import BenchJob
-    from .bench_summary import NAME, bench_record
+    from .bench_compare import compare, earlier_record, hold_comparable, hold_objectives
+    from .bench_rows import BenchJob, rows_of
+    from .bench_summary import bench_record
+    from .bench_table import measured
 
-    earlier = read_record(options["compare"], NAME) if options["compare"] else None
+    earlier = earlier_record(options["compare"]) if options["compare"] else None
     if out is not None and (out / RECORD).exists() and not overwrite:
         raise UsageError(
             f"{out} holds a benchmark already", "a new folder", "pass --overwrite, or another --out"
@@ -101,21 +101,28 @@ def bench(
         **{k: options[k] for k in ("images", "limit", "classes", "views", "device", "threads", "seconds", "rounds", "unverified")},
     )  # fmt: skip
     progress = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
-    result = run_bench(job, partial(progress.print, soft_wrap=True))
+    say = partial(progress.print, soft_wrap=True)
+    rows = rows_of(job, say)
+    planned = [row.name for row in rows if not row.why]
+    if earlier and planned:
+        hold_comparable(planned, earlier)
+    result = run_bench(job, say, rows)
     made = bench_record(result, shlex.join(["cliplet", "bench", *shown(_arguments())]))
-    is_measured = any("images_per_s" in row for row in made["rows"].values())
-    comparison = compare(made, earlier) if earlier and is_measured else None
-    if out is not None:
-        _write(out, made, comparison)
+    pictures = _write(out, made) if out is not None else {}
+    comparison = compare(made, earlier) if earlier and measured(made) else None
+    if out is not None and comparison is not None:
+        _write_page(out, made, pictures, comparison)
     events = result.trace_events()
     if trace is not None:
         _write_trace(trace, events)
     _tell(made, comparison, out, trace, is_traced=bool(events), as_json=as_json, quiet=quiet)
     if result.interrupted:
         return INTERRUPTED
-    if not is_measured:
+    if not measured(made):
         raise _nothing(made)
     hold_objectives(made, *(options[name] for name in ("slo_p99_ms", "min_throughput", "max_error_rate")))
+    if earlier:
+        hold_comparable(measured(made), earlier)
     return 0
 
 
@@ -125,20 +132,33 @@ def _arguments() -> Sequence[str]:
     return given[given.index("bench") + 1 :] if "bench" in given else given
 
 
-def _write(out: Path, made: Mapping[str, Any], comparison: Comparison | None) -> None:
+def _write(out: Path, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """Write all files of a benchmark, and return its plots by name; the page does not compare yet."""
     from cliplet.labels import write_atomically
     from cliplet.record import json_bytes
 
-    from .bench_page import page
     from .bench_plots import plots
     from .bench_table import as_csv
 
     with explained_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    # The record first: what comes after can be made from it again.
+    write_atomically(out / RECORD, json_bytes(made))
     pictures = plots(made)
-    files = {**pictures, CSV: as_csv(made), PAGE: page(made, pictures, comparison), RECORD: json_bytes(made)}
-    for name, data in files.items():
+    for name, data in {**pictures, CSV: as_csv(made)}.items():
         write_atomically(out / name, data)
+    _write_page(out, made, pictures, None)
+    return pictures
+
+
+def _write_page(
+    out: Path, made: Mapping[str, Any], pictures: Mapping[str, bytes], comparison: Comparison | None
+) -> None:
+    from cliplet.labels import write_atomically
+
+    from .bench_page import page
+
+    write_atomically(out / PAGE, page(made, pictures, comparison))
 
 
 def _write_trace(file: Path, events: Sequence[dict[str, Any]]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cliplet.errors import DataError, ObjectiveError
+from cliplet.record import read_record
 
 from .bench_rows import DOING, gives_of
+from .bench_summary import NAME
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
@@ -56,12 +59,55 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> Comparison:
-    """The rows that both records measured, paired by name.
+def earlier_record(file: Path) -> dict[str, Any]:
+    """A record that a new one can be compared with.
 
     Raises:
-        DataError: there are none.
+        DataError: it cannot be read, or its rows are not what `cliplet bench` writes.
     """
+    found = read_record(file, NAME)
+    rows = found.get("rows")
+    if not isinstance(rows, dict) or not all(_has_rounds(row) for row in rows.values()):
+        raise DataError(
+            f"{file} cannot be compared with: "
+            + ("a row of it has no rounds" if isinstance(rows, dict) else "it has no rows"),
+            "a whole record",
+            "write one with: cliplet bench … --out FOLDER",
+        )
+    return found
+
+
+def _has_rounds(row: object) -> bool:
+    """Whether a row was not measured, or holds the rounds of what is compared."""
+    if not isinstance(row, dict):
+        return False
+    measured = [row[quantity] for quantity in QUANTITIES if quantity in row]
+    return all(
+        isinstance(values, dict)
+        and isinstance(values.get("all"), list)
+        and values["all"]
+        and all(isinstance(value, int | float) and value > 0 for value in values["all"])
+        for values in measured
+    )
+
+
+def hold_comparable(names: Collection[str], old: Mapping[str, Any]) -> None:
+    """Raise if an earlier record has measured none of these rows.
+
+    Raises:
+        DataError: it has not.
+    """
+    before = [name for name, row in old["rows"].items() if any(quantity in row for quantity in QUANTITIES)]
+    if not set(names) & set(before):
+        raise DataError(
+            f"no row can be compared: the earlier record measured {', '.join(before) or 'none'}",
+            f"one of {', '.join(names)}",
+            "compare with a record of the same models, engines and batches",
+        )
+
+
+def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> Comparison:
+    """The rows that both records measured, paired by name; a note where there are none."""
     found = []
     for name, row in new["rows"].items():
         before = old["rows"].get(name, {})
@@ -69,12 +115,6 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> Comparison:
             if quantity in row and quantity in before:
                 what = DOING[gives_of(row)] if quantity == "images_per_s" else "the engine alone"
                 found.append(_difference(name, what, row[quantity]["all"], before[quantity]["all"]))
-    if not found:
-        raise DataError(
-            f"no row of the two records has the same name: {', '.join(old['rows'])} before",
-            f"one of {', '.join(new['rows'])}",
-            "compare with a record of the same models, engines and batches",
-        )
     return Comparison(tuple(found), tuple(_notes(new, old, found)))
 
 
@@ -98,7 +138,7 @@ def hold_objectives(
     min_throughput: float | None,
     max_error_rate: float | None,
 ) -> None:
-    """Raise if a row that was measured misses an objective.
+    """Raise if a row misses an objective; a row that could not be measured misses each.
 
     Args:
         slo_p99_ms: the 99th percentile of the engine's latency of a batch.
@@ -108,9 +148,18 @@ def hold_objectives(
     Raises:
         ObjectiveError: with every row that misses one.
     """
+    asked = {
+        "p99 at most {:g} ms": slo_p99_ms,
+        "at least {:g} images/s": min_throughput,
+        "at most {:.1%} failed": max_error_rate,
+    }
+    wanted = ", ".join(text.format(value) for text, value in asked.items() if value is not None)
+    if not wanted:
+        return
     missed = []
     for name, row in made["rows"].items():
         if "images_per_s" not in row:
+            missed.append(f"{name}: not measured: {row['why']}")
             continue
         p99, rate, errors = row["latency_ms"]["p99"], row["images_per_s"]["median"], row["error_rate"]
         if slo_p99_ms is not None and p99 > slo_p99_ms:
@@ -120,13 +169,9 @@ def hold_objectives(
         if max_error_rate is not None and errors > max_error_rate:
             missed.append(f"{name}: {errors:.1%} failed")
     if missed:
-        asked = {
-            "p99 at most {:g} ms": slo_p99_ms,
-            "at least {:g} images/s": min_throughput,
-            "at most {:.1%} failed": max_error_rate,
-        }
-        wanted = ", ".join(text.format(value) for text, value in asked.items() if value is not None)
-        raise ObjectiveError("; ".join(missed), wanted, "the table says which phase takes the time")
+        raise ObjectiveError(
+            "; ".join(missed), wanted, "the table says which phase takes the time, and what a row lacks"
+        )
 
 
 def _difference(name: str, what: str, new: Sequence[float], old: Sequence[float]) -> Difference:
@@ -153,7 +198,9 @@ def _notes(new: Mapping[str, Any], old: Mapping[str, Any], found: Sequence[Diffe
     lost = [name for name in old["rows"] if name not in new["rows"]]
     if lost:
         notes.append(f"only in the earlier record: {', '.join(lost)}")
-    if min(d.rounds for d in found) < ENOUGH_ROUNDS:
+    if not found:
+        notes.append("no row was measured in both records")
+    elif min(d.rounds for d in found) < ENOUGH_ROUNDS:
         notes.append(
             f"fewer than {ENOUGH_ROUNDS} rounds: the intervals are too narrow; pass --rounds {ENOUGH_ROUNDS}"
         )

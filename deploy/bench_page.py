@@ -16,6 +16,7 @@ from .bench_compare import Comparison
 from .bench_plots import LACKING
 from .bench_rows import LABELS, gives_of
 from .bench_table import (
+    GRAPHS,
     WORDS,
     about,
     columns_of,
@@ -38,12 +39,8 @@ CAPTIONS = {
 }
 # Pixels of a full bar, as the style has them.
 BAR = 40
-# What a model does, what its graph does beside the encoder, and what it and the original agree about.
+# What a model does, and what it and the original agree about.
 VERBS = {LABELS: "labels", EMBEDDINGS: "embeds"}
-GRAPHS = {
-    LABELS: "cutting the views, encoder, scores and their aggregation",
-    EMBEDDINGS: "cutting the image, encoder, and scaling to length 1",
-}
 AGREEMENTS = {LABELS: "labels", EMBEDDINGS: "neighbours"}
 TONES = {"equal": "good", "source equal": "good", "original": "good", "none": "warn", "differs": "bad"}
 

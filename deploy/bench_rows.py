@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from cliplet.artifact import Bundle
@@ -87,6 +89,7 @@ class Row:
 
     Attributes:
         runtime, precision: as asked for, `auto` resolved.
+        called: what the model is called where the end of its path does not tell it from another.
         gives: LABELS, or EMBEDDINGS of a trunk.
         phases, wholes: what each round found.
         why: why it was not measured, or not to the end.
@@ -100,6 +103,7 @@ class Row:
     runtime: str
     precision: str
     gives: str = LABELS
+    called: str = ""
     phases: list[dict[str, Any]] = field(default_factory=list)
     wholes: list[dict[str, Any]] = field(default_factory=list)
     traced: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +115,7 @@ class Row:
     @property
     def model(self) -> str:
         """The model as a record names it: without the folders of this machine."""
-        return shown([self.settings.model])[0]
+        return self.called or shown([self.settings.model])[0]
 
     @property
     def is_served(self) -> bool:
@@ -134,19 +138,64 @@ class Row:
         self.broken += bool(self.phases)
 
 
-def rows_of(job: BenchJob) -> list[Row]:
-    """The rows that `job` asks for; those of a model or an engine that cannot be had say why."""
-    rows = []
-    for model in dict.fromkeys(job.models):
-        settings = TaggerSettings(
-            model=model, classes=job.classes, views=job.views, device=job.device, threads=job.threads
-        )
-        if ServerAddress.is_meant(model):
-            rows += _served(job, replace(settings, classes=None, threads=0))
-            continue
-        for runtime, precision in dict.fromkeys(_engines(job, model)):
-            rows += _planned(job, replace(settings, runtime=runtime, precision=precision))
-    return rows
+def rows_of(job: BenchJob, say: Callable[[str], object] = lambda _: None) -> list[Row]:
+    """The rows that `job` asks for, each with a name of its own; those that cannot be had say why.
+
+    Args:
+        say: told of each row that is asked for twice, since `auto` is one of the other runtimes.
+    """
+    rows: dict[str, Row] = {}
+    for model, name in _names(job.models).items():
+        for row in _of_model(job, model):
+            row.called = name
+            if row.name in rows:
+                say(f"{row.name}: asked for twice, since auto is {row.runtime} here; it is measured once")
+            else:
+                rows[row.name] = row
+    return list(rows.values())
+
+
+def _names(models: Iterable[str]) -> dict[str, str]:
+    """What a record calls each model: the end of its path, with the folder before it where others end alike.
+
+    A model that is named twice comes once; where folders do not help, a number tells models apart.
+    """
+    different: dict[str, str] = {}
+    for model in models:
+        different.setdefault(_place(model), model)
+    ends = {model: shown([model])[0] for model in different.values()}
+    often = Counter(ends.values())
+    names: dict[str, str] = {}
+    for model, end in ends.items():
+        name = _with_folder(model, end) if often[end] > 1 else end
+        number = 1
+        while (unique := name if number == 1 else f"{name} #{number}") in names.values():
+            number += 1
+        names[model] = unique
+    return names
+
+
+def _place(model: str) -> str:
+    """The same text for every way to spell a folder."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _with_folder(model: str, end: str) -> str:
+    """The end of a model's path and the folder that it lies in: `first/bundle` of `/home/me/first/bundle`."""
+    last, folder = Path(model).name, Path(model).parent.name
+    return f"{end.removesuffix(last)}{folder}/{last}" if folder else end
+
+
+def _of_model(job: BenchJob, model: str) -> Iterator[Row]:
+    """The rows of one model."""
+    settings = TaggerSettings(
+        model=model, classes=job.classes, views=job.views, device=job.device, threads=job.threads
+    )
+    if ServerAddress.is_meant(model):
+        yield from _served(job, replace(settings, classes=None, threads=0))
+        return
+    for runtime, precision in dict.fromkeys(_engines(job, model)):
+        yield from _planned(job, replace(settings, runtime=runtime, precision=precision))
 
 
 def _planned(job: BenchJob, settings: TaggerSettings) -> list[Row]:

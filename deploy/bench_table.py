@@ -46,10 +46,15 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 OF_GPU = ("GPU MB", "J/image")
 WORDS = ("engine", "really", "parity", "")
 TOGETHER = {LABELS: "`cliplet label` from files to tables", EMBEDDINGS: "from files to written embeddings"}
+# What a model's graph does beside the encoder.
+GRAPHS = {
+    LABELS: "cutting the views, encoder, scores and their aggregation",
+    EMBEDDINGS: "cutting the image, encoder, and scaling to length 1",
+}
 EXPLAINED = (
     "images/s: {}. of ideal: of all cores busy all the time with the phases below. "
-    "engine: decoded batches, nothing else. of limit: of the roofline, the smaller of matrix products and memory in the "
-    "same run. p50, p99: latency of a batch in the engine."
+    "engine: decoded batches, nothing else: {}, which are one graph and so have one number. "
+    "of limit: of the roofline, the smaller of matrix products and memory in the same run. p50, p99: latency of a batch in the engine."
 )
 
 
@@ -84,7 +89,10 @@ def kinds(rows: Iterable[Row]) -> list[str]:
 
 def explained(rows: Iterable[Row]) -> str:
     """What the columns of the rows' tables mean."""
-    return EXPLAINED.format(", of a trunk ".join(TOGETHER[gives] for gives in kinds(rows)))
+    given = kinds(rows)
+    return EXPLAINED.format(
+        *(", of a trunk ".join(told[gives] for gives in given) for told in (TOGETHER, GRAPHS))
+    )
 
 
 def about(row: Row) -> str:

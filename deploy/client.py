@@ -116,6 +116,8 @@ class Client:
     Args:
         address: `triton://HOST:PORT/NAME`; see `cliplet.server_address`. A server's only bundle needs no NAME.
         settings: the fields of `ConnectionSettings`: token, ca, deadline_s, retries, wait_s, in_flight.
+            However many threads call, at most `in_flight` images are asked for at a time; the others wait, and
+            their deadline goes on.
 
     Raises:
         UsageError: the address is none, the server has no such bundle or wants another token.

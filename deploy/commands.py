@@ -69,7 +69,7 @@ def connection_options(command: C) -> C:
         click.option("--deadline", type=float, help="Seconds that a server has for an answer. Default: 60."),
         click.option("--retries", type=int, help="Further tries after a failure that may pass. Default: 4."),
         click.option("--wait-for-server", type=float, default=300.0, show_default=True, help="Seconds to wait for a server that has gone away in the middle of the work."),
-        click.option("--in-flight", type=int, help="Most requests at a time. Default: 8."),
+        click.option("--in-flight", type=int, help="Most requests at a time to a server. Default: 8."),
         click.option("--shared-memory", type=click.Choice(SHARED_MEMORY), help="Tensors go to a server on this machine through memory that both see. Default: auto, where that is possible."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -92,7 +92,12 @@ def take_connection(options: dict[str, Any]) -> ConnectionSettings:
 @extra_options
 @click.option("--out", type=click.Path(path_type=Path), default=Path("labels"), show_default=True)
 @click.option("--batch-size", type=int, default=0, help="Images in a batch (0: by the number of views).")
-@click.option("--workers", type=int, default=0, help="Threads that decode (0: one a core).")
+@click.option(
+    "--workers",
+    type=int,
+    default=0,
+    help="Threads that decode (0: one a core). Not for a server elsewhere, which decodes itself.",
+)
 @click.option(
     "--streams",
     type=int,
@@ -156,7 +161,10 @@ def label(sources: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
 )
 @click.option("--title", default="", help="Heading of the page.")
 def gallery(labels: Path, out: Path | None, limit: int, thumb: int, title: str) -> int:
-    """Make one HTML page of the images in LABELS that opens offline, with a live threshold."""
+    """Make one HTML page of the images in LABELS that opens offline, with a live threshold.
+
+    LABELS is a folder that `cliplet label` wrote, with a model of this machine or through a server (triton://) alike.
+    """
     from .gallery import GalleryOptions, write_gallery
 
     summary = write_gallery(

@@ -18,7 +18,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 from cliplet import __version__
 from cliplet.artifact import staging_folder
 from cliplet.errors import UsageError, explained_os_errors
-from cliplet.server_address import PAGE_PORT
+from cliplet.server_address import PAGE_PORT, TOKEN_VARIABLE
 
 from .page import HEALTH_PATH, READY_PATH
 from .repository import Served, ServeSettings, shared_memory_bytes
@@ -39,6 +39,7 @@ IMAGE = f"cliplet-serve:{__version__}"
 # Of `triton-server`, a user that NVIDIA's image brings.
 USER = 1000
 BUNDLES = "/opt/cliplet/bundles"
+CERTIFICATE, KEY = "/opt/cliplet/tls/cert.pem", "/opt/cliplet/tls/key.pem"
 CONSTRAINTS = "numpy<2\n"
 INNER = Ports()
 FOLDER = Path(__file__).parent
@@ -50,6 +51,18 @@ FILES = {
 }
 DASHBOARD = "grafana.json"
 _OTHER_PLACE = "choose another --out"
+# Options of the server that the container's own `cliplet serve` takes as they are, and those that it gets in another way.
+SERVER_FLAGS = {
+    "take_turns": "--take-turns",
+    "http_threads": "--http-threads",
+    "log_verbose": "--log-verbose",
+    "ready_timeout_s": "--ready-timeout",
+    "exit_timeout_s": "--exit-timeout",
+    "deadline_s": "--deadline",
+}
+CARRIED_OTHERWISE = {"host", "ports", "token", "tls_cert", "tls_key", "cache_bytes", "restart"}
+# What docker waits beyond the time that requests in flight get, before it kills a container.
+GRACE_S = 20
 
 MIB = 1 << 20
 # Of a process that runs a Python model, with its libraries; and of all the rest of a server.
@@ -75,6 +88,7 @@ class ContainerOptions:
         image: the name that the built image gets.
         ports, page_port: where this machine listens for what the container serves, on loopback; without a `page_port`
             the page is for the container's own health check alone.
+        page_hosts: names of this machine that requests to the page may use beside the usual ones.
         cache_bytes: of the response cache, if there is one.
         wheel: of cliplet, copied beside the Dockerfile; the files cannot be written without.
     """
@@ -82,6 +96,7 @@ class ContainerOptions:
     image: str = IMAGE
     ports: Ports = INNER
     page_port: int | None = PAGE_PORT
+    page_hosts: Sequence[str] = ()
     cache_bytes: int = 64 * MIB
     wheel: Path | None = None
 
@@ -99,51 +114,99 @@ class ContainerOptions:
             )
         return self.wheel
 
-    @property
-    def published(self) -> list[str]:
-        """Each port as docker wants it: where this machine listens, and what for."""
-        pairs = list(zip(vars(self.ports).values(), vars(INNER).values(), strict=True))
+    def published(self, server: ServerOptions | None = None) -> list[str]:
+        """Each port as docker wants it: where this machine listens, and what for; those of `server` if it is given."""
+        server = server or ServerOptions()
+        pairs = [(getattr(self.ports, name), getattr(INNER, name)) for name in ("http", "grpc", "metrics")]
         if self.page_port is not None:
             pairs.append((self.page_port, PAGE_PORT))
+        if server.tls_cert:
+            # All but gRPC then listens at the container's own loopback, where nobody outside reaches it.
+            pairs = [(self.ports.grpc, INNER.grpc)]
         # A port that was to be any free one is docker's to choose.
-        return [f"127.0.0.1:{outer or ''}:{inner}" for outer, inner in pairs]
+        return [f"{server.host}:{outer or ''}:{inner}" for outer, inner in pairs]
 
 
 def container_command(
-    served: Sequence[Served], settings: ServeSettings, options: ContainerOptions | None = None
+    served: Sequence[Served],
+    settings: ServeSettings,
+    options: ContainerOptions | None = None,
+    server: ServerOptions | None = None,
 ) -> str:
-    """The `docker run …` that serves the same bundles, where they lie, from the image of `write_container_files`."""
+    """The `docker run …` that serves the same bundles, where they lie, from the image of `write_container_files`.
+
+    Args:
+        server: how they are served here; see `not_carried` for what of that a container is not given.
+    """
     volumes = [f"--volume={_folder(one).resolve()}:{BUNDLES}/{one.name}:ro" for one in served]
-    options = options or ContainerOptions()
-    words = _docker_run(served, settings, options, volumes)
-    return shlex.join([*words, *serve_command(served, settings, options)])
+    options, server = options or ContainerOptions(), server or ServerOptions()
+    if server.tls_cert and server.tls_key:
+        volumes += [f"--volume={server.tls_cert.resolve()}:{CERTIFICATE}:ro"]
+        volumes += [f"--volume={server.tls_key.resolve()}:{KEY}:ro"]
+    words = _docker_run(served, settings, options, server, volumes)
+    return shlex.join([*words, *serve_command(served, settings, options, server)])
+
+
+def not_carried(server: ServerOptions) -> list[str]:
+    """What the command of `container_command` leaves out of how a server is run, and why or what to do about it."""
+    missing = [
+        field.name
+        for field in _changed(server)
+        if field.name not in SERVER_FLAGS and field.name not in CARRIED_OTHERWISE
+    ]
+    if server.tls_cert:
+        missing.append("HTTP, metrics and page (with TLS they stay inside the container)")
+    if server.token is not None and server.token != os.environ.get(TOKEN_VARIABLE):
+        # Never the token itself: command lines can be seen, and this one is printed.
+        missing.append(f"the token (export {TOKEN_VARIABLE} first)")
+    return missing
+
+
+def _changed(options: ServerOptions | ServeSettings) -> list[Field[Any]]:
+    """The fields that are not as they are by default."""
+    usual = type(options)()
+    return [f for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)]
 
 
 def _docker_run(
-    served: Sequence[Served], settings: ServeSettings, options: ContainerOptions, more: Sequence[str] = ()
+    served: Sequence[Served],
+    settings: ServeSettings,
+    options: ContainerOptions,
+    server: ServerOptions,
+    more: Sequence[str] = (),
 ) -> list[str]:
     words = ["docker", "run", "--rm", "--init", "--read-only", "--cap-drop=ALL"]
+    words += [f"--stop-timeout={server.exit_timeout_s + GRACE_S}"]
     words += ["--security-opt=no-new-privileges", f"--tmpfs=/tmp:size={_mib(_tmp_bytes(served))}m,mode=1777"]
     words += [f"--shm-size={_mib(_shm_bytes(served, settings))}m", "--env=CLIPLET_TOKEN"]
     words += ["--gpus=1"] if settings.device == "cuda" else []
-    words += [f"--publish={ports}" for ports in options.published]
+    words += [f"--publish={ports}" for ports in options.published(server)]
     return [*words, *more, options.image]
 
 
 def serve_command(
-    served: Sequence[Served], settings: ServeSettings, options: ContainerOptions | None = None
+    served: Sequence[Served],
+    settings: ServeSettings,
+    options: ContainerOptions | None = None,
+    server: ServerOptions | None = None,
 ) -> list[str]:
     """The words that the container runs."""
-    options = options or ContainerOptions()
-    defaults = ServeSettings()
+    options, server = options or ContainerOptions(), server or ServerOptions()
     words = ["cliplet", "serve", *(f"{one.name}={BUNDLES}/{one.name}" for one in served)]
     words += ["--host", EVERYWHERE, "--restart"]
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if value != getattr(defaults, field.name) and field.name not in ("target", "cache"):
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    for field in _changed(settings):
+        if field.name not in ("target", "cache"):
+            words += [f"--{field.name.replace('_', '-')}", str(getattr(settings, field.name))]
     if settings.cache:
         words += ["--cache", str(options.cache_bytes // MIB)]
+    for field in _changed(server):
+        if flag := SERVER_FLAGS.get(field.name):
+            value = getattr(server, field.name)
+            words += [flag] if value is True else [flag, str(value)]
+    if server.tls_cert:
+        words += ["--tls-cert", CERTIFICATE, "--tls-key", KEY]
+    for name in options.page_hosts:
+        words += ["--page-host", name]
     return words
 
 
@@ -201,7 +264,7 @@ def _values(
         "tmp_mib": _mib(_tmp_bytes(served)),
         "memory_mib": _mib(_memory_bytes(served, settings)),
         "patience_s": round(ServerOptions().deadline_s) + 3,
-        "grace_s": ServerOptions().exit_timeout_s + 20,
+        "grace_s": ServerOptions().exit_timeout_s + GRACE_S,
         "check_s": CHECK_S,
         "gpu": "",
     }
@@ -211,7 +274,7 @@ def _values(
         | {
             "base": BASE_IMAGE,
             "bundles": BUNDLES,
-            "command": shlex.join(_docker_run(served, settings, options)),
+            "command": shlex.join(_docker_run(served, settings, options, ServerOptions())),
             "command_json": json.dumps(serve_command(served, settings, options)),
             "wheel": options.needed_wheel().name,
             "every_s": 3 * CHECK_S,
@@ -219,7 +282,7 @@ def _values(
         },
         "compose.yaml": shared
         | {
-            "published": "\n".join(f'      - "{ports}"' for ports in options.published),
+            "published": "\n".join(f'      - "{ports}"' for ports in options.published()),
             "gpu": GPU_COMPOSE if gpu else "",
         },
         "kubernetes.yaml": shared

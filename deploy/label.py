@@ -34,7 +34,7 @@ from cliplet.remote_files import is_remote
 from cliplet.tagger import Tagger, load_plan
 from cliplet.trace import span
 
-from .label_scoring import Refusal, ScoredBatch, scoring_of
+from .label_scoring import FileScoring, Refusal, ScoredBatch, Scoring, scoring_of
 
 # A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
 PART_ROWS = 2048
@@ -52,7 +52,7 @@ class LabelJob:
         sources: folders, globs, files, text lists, tar shards.
         out: folder of the results.
         batch_size: images in a batch; 0 chooses by the number of views. Memory grows with it.
-        workers: threads that decode; 0 means one a core.
+        workers: threads that decode; 0 means one a core. Not for a server elsewhere, which decodes itself.
         streams: batches that an engine on the CPU scores at the same time, each by its share of the threads.
         limit: label only so many inputs, the first ones.
         max_pixels: images with more are not decoded (decompression bombs).
@@ -89,6 +89,12 @@ class LabelJob:
         ):
             if value < least:
                 raise UsageError(f"{flag} {value}", f"a whole number from {least} on")
+        if self.ray is None and self.ray_workers:
+            raise UsageError(
+                f"--ray-workers {self.ray_workers} without --ray",
+                "the cluster that they work in",
+                f"--ray local --ray-workers {self.ray_workers}",
+            )
         if self.ray is not None and self.streams > 1:
             raise UsageError(
                 f"--streams {self.streams} with --ray",
@@ -244,6 +250,7 @@ def _scored(
         size = job.batch_size or chosen.images_per_batch
         workers = job.workers or usable_cores()
         scoring = scoring_of(tagger, batch_size=size, workers=workers, max_pixels=job.max_pixels)
+        _refuse_idle_workers(job, scoring)
         with closing(scoring.results(unfinished(images, size, done))) as batches:
             yield _Scoring(batches, scoring.stop_waiting)
 
@@ -255,6 +262,15 @@ def _refuse_other_streams(job: LabelJob, tagger: Tagger) -> None:
             f"--streams {job.streams}, but {tagger.runner.runtime} on {tagger.runner.device} takes {found}",
             "as many as an engine on the CPU has threads; of a server, --in-flight is what counts",
             "leave --streams out",
+        )
+
+
+def _refuse_idle_workers(job: LabelJob, scoring: Scoring) -> None:
+    if job.workers and isinstance(scoring, FileScoring):
+        raise UsageError(
+            f"--workers {job.workers}, but {job.tagger.model} decodes the images itself",
+            "of a server elsewhere, --in-flight is what counts",
+            "leave --workers out",
         )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .partitions import DividedResult, Division
 
 C = TypeVar("C", bound=Callable[..., Any])
+XMP_STYLE = "basename"
 # Reasons that are told for side-cars that were left alone.
 MOST_REASONS = 8
 
@@ -31,7 +32,7 @@ def extra_options(command: C) -> C:
         click.option("--ray", help="Label on a Ray cluster: local (start one here), auto, HOST:PORT or ray://HOST:PORT."),
         click.option("--ray-workers", type=int, default=0, help="Engines in the cluster (0: as many as it has room for). On GPUs one each."),
         click.option("--write", "formats", envvar="CLIPLET_LABEL_WRITE", multiple=True, help="Also write csv, jsonl, coco into --out, or xmp side-cars beside the images. A list with commas, or several times."),
-        click.option("--xmp-style", default="basename", show_default=True, help="basename: a.xmp (Adobe). full: a.jpg.xmp (darktable, digiKam)."),
+        click.option("--xmp-style", help="Of --write xmp. basename: a.xmp (Adobe), the default. full: a.jpg.xmp (darktable, digiKam)."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -45,6 +46,7 @@ class Extras:
     Attributes:
         division: which partition; None for an undivided job.
         formats: of files for other programs.
+        xmp_style: how side-cars are named, if they are among them.
     """
 
     division: Division | None
@@ -70,8 +72,15 @@ def take_extras(options: dict[str, Any]) -> Extras:
             f"--partitions N --partition {index}",
         )
     formats = parse_formats(",".join(options.pop("formats")))
-    style = check_xmp_style(options.pop("xmp_style"))
-    return Extras(None if of is None else Division(of, index), formats, style)
+    style: str | None = options.pop("xmp_style")
+    if style is not None and "xmp" not in formats:
+        raise UsageError(
+            f"--xmp-style {style} without --write xmp",
+            "side-cars to name so",
+            f"--write {','.join((*formats, 'xmp'))} --xmp-style {style}",
+        )
+    division = None if of is None else Division(of, index)
+    return Extras(division, formats, check_xmp_style(style or XMP_STYLE))
 
 
 def plan_extras(job: LabelJob, extras: Extras) -> DryRun:

@@ -98,14 +98,15 @@ class ServedGraph:
     def shapes(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
         """The shapes of an input that it is warmed up with, smallest first.
 
-        An engine that was built for a profile is tried at its extremes; for any other the largest shapes would only
-        take long.
+        An engine that was built for a profile is tried at its extremes. Any other gets its largest batch with the
+        usual views and canvas, since the largest of all three would only take long; and the text tower as many
+        sentences as there are classes, which is what it will meet.
         """
-        shapes = self.profile.shapes(tensor) if tensor.axes[0] == "B" else self._text_shapes(tensor)
-        return list(shapes if self.is_built else shapes[:2])
-
-    def _text_shapes(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
-        return [(rows, *self.axes[tensor.name][1:]) for rows in self.profile.batch]
+        least, best, most = self.profile.batch
+        if tensor.axes[0] != "B":
+            return [(rows, *self.axes[tensor.name][1:]) for rows in (least, best)]
+        shapes = self.profile.shapes(tensor)
+        return shapes if self.is_built else [*shapes[:2], (most, *shapes[1][1:])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from cliplet.serving import EMBEDDER, TAGGER
 from cliplet.tagger import exported_bundle
 from cliplet.triton_program import find_triton
 
+from .health import STATISTICS_SHARE
 from .repository import Refused, Served, ServeSettings, plan_served, write_repository
 from .repository_check import Problem, check_repository
 from .repository_plan import safe_name
@@ -241,8 +242,8 @@ def _page(job: ServeJob, server: TritonServer, stack: ExitStack) -> str:
     options = PageOptions(
         token=job.options.token or "",
         host_names=tuple(name.lower().rstrip(".") for name in job.page_hosts),
-        # A check may begin when another one, of the server's own watch, ends.
-        ready_s=2 * job.options.deadline_s + 1,
+        # A check may begin when another one, of the server's own watch, ends; late ones look at the statistics, too.
+        ready_s=2 * (1 + STATISTICS_SHARE) * job.options.deadline_s + 1,
     )
     app = make_app(TritonBackend(server), options)
     return stack.enter_context(run_page(app, job.options.http_host, job.page_port)).url

@@ -73,17 +73,17 @@ def server_options(command: C) -> C:
     options = [
         click.option("--host", default="127.0.0.1", show_default=True, help="IPv4 address to listen at; 0.0.0.0 lets everybody in who reaches this machine."),
         click.option("--http-port", type=int, default=HTTP_PORT, show_default=True, help="0 takes a free one; so do the others."),
-        click.option("--grpc-port", type=int, default=GRPC_PORT, show_default=True),
+        click.option("--grpc-port", type=int, default=GRPC_PORT, show_default=True, help="For clients; `label`, `eval` and `bench` use it unless told otherwise."),
         click.option("--metrics-port", type=int, default=METRICS_PORT, show_default=True, help="For Prometheus."),
         click.option("--page-port", type=int, default=PAGE_PORT, show_default=True, help="A page to try it, /healthz and /readyz."),
-        click.option("--page/--no-page", default=True),
+        click.option("--page/--no-page", default=True, show_default=True, help="Whether there is a page, and with it /healthz and /readyz."),
         click.option("--page-host", "page_hosts", multiple=True, metavar="NAME", help="Another name of this machine by which the page may be opened, as through a proxy; repeatable."),
         click.option("--token", envvar=["CLIPLET_SERVE_TOKEN", TOKEN_VARIABLE], help="Clients have to send `authorization: Bearer TOKEN`. Better given as an environment variable: command lines can be seen."),
         click.option("--tls-cert", type=FILE, help="Certificate (PEM) for gRPC; plain HTTP then stays on this machine."),
         click.option("--tls-key", type=FILE, help="Its key (PEM)."),
         click.option("--restart", is_flag=True, help="Start the server again when it dies, or when a model does for good."),
         click.option("--take-turns", is_flag=True, help="Bundles compute one at a time; one that hangs then holds up all."),
-        click.option("--http-threads", type=click.IntRange(min=1), default=8, show_default=True),
+        click.option("--http-threads", type=click.IntRange(min=1), default=8, show_default=True, help="Threads that handle HTTP requests."),
         click.option("--ready-timeout", "ready_timeout_s", type=float, default=120.0, show_default=True, metavar="S", help="Until all models have answered once."),
         click.option("--exit-timeout", "exit_timeout_s", type=click.IntRange(min=0), default=10, show_default=True, metavar="S", help="For the requests in flight when it is stopped."),
         click.option("--deadline", "deadline_s", type=float, default=5.0, show_default=True, metavar="S", help="For the tiny inference that tells whether a model works."),
@@ -265,7 +265,7 @@ def _tell(running: Running, job: ServeJob, as_json: bool) -> None:
         "embed": f'cliplet.deploy.client.Client("{running.address(trunk.name)}").embed("photo.jpg")'
         if trunk
         else "",
-        "container": _container(running, job),
+        **_container(running, job),
     }
     for word, value in rows.items():
         if value:
@@ -273,15 +273,20 @@ def _tell(running: Running, job: ServeJob, as_json: bool) -> None:
     click.echo("Ctrl-C stops it")
 
 
-def _container(running: Running, job: ServeJob) -> str:
-    """The command that serves the same in a container; none where this is one."""
-    from .container import ContainerOptions, container_command
+def _container(running: Running, job: ServeJob) -> dict[str, str]:
+    """The command that serves the same in a container, and what it leaves out; none where this is one."""
+    from .container import ContainerOptions, container_command, not_carried
 
     if running.server.is_container or not running.served:
-        return ""
+        return {}
     settings = replace(job.settings, target="container")
-    options = ContainerOptions(ports=job.options.ports, page_port=job.page_port, **_container_cache(job))
-    return container_command(running.served, settings, options)
+    options = ContainerOptions(
+        ports=job.options.ports, page_port=job.page_port, page_hosts=job.page_hosts, **_container_cache(job)
+    )
+    return {
+        "container": container_command(running.served, settings, options, job.options),
+        "not carried over:": "; ".join(not_carried(job.options)),
+    }
 
 
 def _container_cache(job: ServeJob) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import shutil
 import tempfile
 import threading
 from collections import Counter
@@ -22,9 +23,9 @@ from typing import Self
 
 from cliplet.errors import ClipletError, EnvironmentError_, UsageError, explained_os_errors
 from cliplet.server_address import SECRET_HEADER, TOKEN_HEADER, ServerState, state_file, write_state
-from cliplet.triton_program import find_triton
+from cliplet.triton_program import TritonProgram, find_triton
 
-from .health import Health, Probe, card_of, check, probes_of
+from .health import Health, ModelHealth, Probe, card_of, check, probes_of
 from .server_options import ServerOptions, command_line, free_ports, port_taken
 from .server_process import ServerProcess
 from .stubs import failing_stubs, stubs_of
@@ -74,6 +75,7 @@ class TritonServer:
         self._name = ""
         self._process: ServerProcess | None = None
         self._probes: list[Probe] = []
+        self._once_ready: set[str] = set()
         self.is_container = False
         self._stubs: dict[int, str] = {}
         self._stop_asked = threading.Event()
@@ -108,6 +110,11 @@ class TritonServer:
         return [probe.model for probe in self._probes]
 
     @property
+    def lost(self) -> dict[str, str]:
+        """Models that were ready once and, since the server was started again, do not serve; each with the reason."""
+        return {model: reason for model, reason in self.refused.items() if model in self._once_ready}
+
+    @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.is_running
 
@@ -129,8 +136,23 @@ class TritonServer:
         self._name = f"cliplet-{secrets.token_hex(6)}"
         with explained_os_errors(Path(tempfile.gettempdir()), "set TMPDIR to a folder that can be written"):
             private = Path(tempfile.mkdtemp(prefix="cliplet-triton-"))
+        try:
+            self._process = self._started(program, private)
+            self._hold_alive()
+            # With this a client of the same user proves that it is on this machine.
+            write_state(ServerState(self.pid, self.secret, vars(self.ports)))
+        except BaseException:
+            # Nobody asked to stop: who watches over the server may try again.
+            self._end()
+            # Where there was no process yet, nobody else removes it.
+            shutil.rmtree(private, ignore_errors=True)
+            raise
+
+    def _started(self, program: TritonProgram, private: Path) -> ServerProcess:
+        """Triton's process, with its backends in the folder `private`, which goes when the process does."""
+        with explained_os_errors(private, "set TMPDIR to a folder that can be written"):
             backends = build_backends(program, private / "backends")
-        self._process = ServerProcess(
+        return ServerProcess(
             command_line(
                 program,
                 self.repository,
@@ -148,13 +170,6 @@ class TritonServer:
             secret=self.secret,
             verbose=self.options.log_verbose > 0,
         )
-        try:
-            self._hold_alive()
-            # With this a client of the same user proves that it is on this machine.
-            write_state(ServerState(self.pid, self.secret, vars(self.ports)))
-        except BaseException:
-            self.stop()
-            raise
 
     def stop(self) -> None:
         """Stop the server, its models' processes with it; harmless if it does not run."""
@@ -168,7 +183,8 @@ class TritonServer:
     def wait_ready(self) -> Health:
         """The health of all models, once every one that serves has answered a tiny inference.
 
-        Models that do not load, or answer with failures alone, end in `refused`.
+        Models that do not load, or answer with failures alone, end in `refused`. After a restart, those of them that
+        were ready before are not waited for either, and keep the health from being ok.
 
         Raises:
             UsageError: another program took a port before the server did.
@@ -185,14 +201,15 @@ class TritonServer:
         while True:
             self._hold_some_serve()
             health = self.health()
-            if health.ok:
+            if not (reasons := self._unexpected(health)):
+                self._once_ready |= set(self.models)
                 return health
             strikes.update(m.model for m in health.models if not m.ok and m.answered)
-            self._refuse({m: r for m, r in health.reasons.items() if strikes[m] >= STRIKES})
-            self._pause(end, "; ".join(f"{model}: {reason}" for model, reason in health.reasons.items()))
+            self._refuse({m: r for m, r in reasons.items() if strikes[m] >= STRIKES})
+            self._pause(end, "; ".join(f"{model}: {reason}" for model, reason in reasons.items()))
 
     def health(self, max_age_s: float = 0.0) -> Health:
-        """What came of a tiny inference of every model, within the deadline of the options.
+        """What came of a tiny inference of every model, within the deadline of the options; `lost` ones are not ok.
 
         Args:
             max_age_s: an answer that is no older may be given again, so that many who ask cost one inference.
@@ -206,6 +223,8 @@ class TritonServer:
                 known = check(self.http, self._probes, self.options.deadline_s, failing)
             else:
                 known = Health.down(self.models, "the server does not run")
+            lost = [ModelHealth(m, False, 0.0, reason, answered=False) for m, reason in self.lost.items()]
+            known = Health((*known.models, *lost))
             self._health = monotonic(), known
             return known
 
@@ -249,7 +268,10 @@ class TritonServer:
             return ""
         except ClipletError as error:
             return str(error)
-        log.warning("the server is ready again")
+        lost = self.lost
+        for model, reason in lost.items():
+            log.error("model %s was lost at the restart: %s", model, reason)
+        log.warning("the server is ready again%s", f", without {', '.join(lost)}" if lost else "")
         return ""
 
     def _watch(self) -> str:
@@ -265,16 +287,16 @@ class TritonServer:
             health = self.health()
             if self.is_running and (problem := self._diagnosed(health, sick)):
                 return problem
-            next_check = monotonic() + (CHECK_EVERY_S if health.ok else RECHECK_EVERY_S)
+            next_check = monotonic() + (RECHECK_EVERY_S if sick else CHECK_EVERY_S)
         return ""
 
     def _diagnosed(self, health: Health, sick: dict[str, float]) -> str:
         """Why only a restart can help, if so; tells of models that fail and that recover."""
-        now = monotonic()
-        for model in sick.keys() - health.reasons.keys():
+        now, reasons = monotonic(), self._unexpected(health)
+        for model in sick.keys() - reasons.keys():
             log.warning("model %s answers again", model)
             del sick[model]
-        for model, reason in health.reasons.items():
+        for model, reason in reasons.items():
             if model not in sick:
                 log.error("model %s fails: %s", model, reason)
             since = sick.setdefault(model, now)
@@ -283,11 +305,19 @@ class TritonServer:
                 return f"model {model} fails for good: {reason}"
         return ""
 
+    def _unexpected(self, health: Health) -> dict[str, str]:
+        """Why, of each model that is not well, but for lost ones: to restart for them would only disturb the others."""
+        lost = self.lost
+        return {model: reason for model, reason in health.reasons.items() if model not in lost}
+
     def _learn_models(self) -> None:
         """Which models were loaded and how to try them, and which were not and why."""
         try:
             index = self.http.index()
-            self.refused = {model: _brief(reason) for model, reason in index.items() if reason}
+            gone = {
+                model: f"it is no longer in {self.repository}" for model in self._once_ready - index.keys()
+            }
+            self.refused = {model: _brief(reason) for model, reason in index.items() if reason} | gone
             loaded = [model for model, reason in index.items() if not reason]
             cards = {model: card_of(self.http.config(model)) for model in loaded}
             self._probes = probes_of(self.http, loaded)

@@ -15,6 +15,7 @@ from cliplet.server_address import (
     SECRET_HEADER,
     TOKEN_HEADER,
     TOKEN_VARIABLE,
+    ConnectionSettings,
 )
 from cliplet.triton_program import TritonProgram
 
@@ -97,12 +98,8 @@ class ServerOptions:
         for file in (self.tls_cert, self.tls_key):
             if file is not None and not file.is_file():
                 raise UsageError(f"no file {file}", "a PEM file", "check the path")
-        if self.token is not None and (not self.token or not self.token.isprintable() or " " in self.token):
-            raise UsageError(
-                "the token is empty or holds spaces or control characters",
-                "a word that a header can carry",
-                f"export {TOKEN_VARIABLE}=$(openssl rand -hex 32)",
-            )
+        if self.token is not None:
+            _hold_sendable(self.token)
 
     @property
     def http_host(self) -> str:
@@ -142,6 +139,18 @@ def port_taken(port: int, name: str) -> UsageError:
         f"a free port for {name}",
         f"--{name}-port 0 takes a free one, --{name}-port PORT another one",
     )
+
+
+def _hold_sendable(token: str) -> None:
+    """Raise `UsageError` if a client would refuse to send this token."""
+    try:
+        ConnectionSettings(token=token, ca=None)
+    except UsageError as error:
+        raise UsageError(
+            "the token is empty, or holds a space or a letter that a header cannot carry",
+            "printable ASCII without spaces",
+            f"export {TOKEN_VARIABLE}=$(openssl rand -hex 32)",
+        ) from error
 
 
 def _ipv4(host: str) -> str:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cliplet.errors import EnvironmentError_
+
 from . import triton_keeper
 from .server_logs import LogForwarder
 
@@ -32,6 +34,9 @@ class ServerProcess:
         paths: files and folders that are removed in the end.
         notes: files that the server's clients know it by; those that hold `secret` are removed in the end, for another
             server may have written its own there since.
+
+    Raises:
+        EnvironmentError_: the system starts no more processes; nothing was removed.
     """
 
     def __init__(
@@ -73,6 +78,16 @@ class ServerProcess:
                 # A terminal's signals are for us; we stop the server.
                 start_new_session=True,
             )
+        except BaseException as error:
+            os.close(self._lifeline)
+            os.close(report)
+            if not isinstance(error, OSError):
+                raise
+            raise EnvironmentError_(
+                f"the server's process could not be started: {error}",
+                "a system that lets one more process run",
+                "free memory or end other processes, then run the same command again",
+            ) from error
         finally:
             os.close(their_lifeline)
             os.close(their_report)

@@ -17,6 +17,9 @@ import numpy as np
 
 from cliplet.serving import TRITON_TYPES
 
+# For questions that a server answers at once, unless its machine stands still.
+PATIENCE_S = 20.0
+
 
 class CallError(Exception):
     """A call was not answered as it should be.
@@ -24,12 +27,14 @@ class CallError(Exception):
     Attributes:
         status: of HTTP; 0 if there was no answer at all.
         reason: what the server said.
+        late: whether the deadline passed without an answer.
     """
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, *, late: bool = False) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        self.late = late
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class TritonHttp:
         path = f"/v2/models/{model}/infer"
         self._call("POST", path, b"".join([head, *blobs.values()]), length, timeout_s)
 
-    def call(self, method: str, path: str, *, timeout_s: float = 5.0) -> Any:
+    def call(self, method: str, path: str, *, timeout_s: float = PATIENCE_S) -> Any:
         """The JSON that a path answers, or None where the answer is empty."""
         answer = self._call(method, path, b"", {}, timeout_s)
         return json.loads(answer) if answer else None
@@ -109,7 +114,7 @@ class TritonHttp:
             answer = connection.getresponse()
             said = answer.read()
         except TimeoutError as error:
-            raise CallError(0, f"no answer within {timeout_s:.3g} s") from error
+            raise CallError(0, f"no answer within {timeout_s:.3g} s", late=True) from error
         except (OSError, http.client.HTTPException) as error:
             raise CallError(0, f"no answer: {getattr(error, 'strerror', None) or error}") from error
         finally:

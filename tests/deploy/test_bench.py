@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +15,21 @@ from typing import Any, NamedTuple
 import pytest
 from bench_found import phases, result, row, whole
 from browser import open_chromium
+from click.testing import CliRunner, Result
 from helpers import Cli
 
 from cliplet.artifact import Bundle, BundleJob
 from cliplet.deploy import bench as running
+from cliplet.deploy import bench_compare
 from cliplet.deploy.bench import BenchResult, run_bench
+from cliplet.deploy.bench_commands import bench
 from cliplet.deploy.bench_compare import compare
 from cliplet.deploy.bench_page import page
 from cliplet.deploy.bench_plots import plots
 from cliplet.deploy.bench_rows import BenchJob, rows_of
 from cliplet.deploy.bench_summary import bench_record
 from cliplet.deploy.bench_worker import hold_verdict
-from cliplet.errors import UsageError
+from cliplet.errors import DataError, UsageError
 from cliplet.plan import TaggerSettings, make_plan
 
 LITTLE = ("--seconds", "0.1", "--views", "1+2x2", "--limit", "6")
@@ -100,6 +104,7 @@ def test_every_row_has_all_its_numbers(run: Run, bundle: Bundle) -> None:
 def test_a_missed_objective_ends_with_4_after_all_was_written(run: Run) -> None:
     assert run.code == 4, run.stderr
     assert "error:" in run.stderr and "p99" in run.stderr and "at most 1e-06 ms" in run.stderr
+    assert "tensorrt-fp32, batch 2: not measured" in run.stderr
     assert {"bench.json", "bench.csv", "report.html", "trace.json"} <= {
         file.name for file in run.out.iterdir()
     }
@@ -204,6 +209,27 @@ def test_a_file_that_is_no_record_cannot_be_compared(cli: Cli, tmp_path: Path) -
     assert done.returncode == 1 and "no record 'bench'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        ({}, "cannot be compared with: it has no rows"),
+        (
+            {"rows": {"tiny, torch-fp32": {"images_per_s": {"all": [1.0]}}}},
+            "no row can be compared: the earlier record measured tiny, torch-fp32",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_measured(
+    old: dict[str, Any], said: str, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"name": "bench", **old}))
+    done = cli(
+        "bench", "tiny", "--runtime", "onnx", "--compare", tmp_path / "old.json", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 1 and said in done.stderr, done.stderr
+    assert "limits" not in done.stderr and not (tmp_path / "out").exists()
+
+
 # Rows and verdicts.
 
 
@@ -222,6 +248,50 @@ def test_all_is_every_engine_that_can_be_had(bundle: Bundle) -> None:
 def test_a_model_that_is_none_has_a_row_that_says_so(tmp_path: Path) -> None:
     (first, second) = rows_of(BenchJob(models=(str(tmp_path), "tiny"), runtimes=("onnx",)))
     assert "neither a bundle nor a classifier" in first.why and not second.why
+
+
+@pytest.mark.parametrize(
+    ("models", "called"),
+    [
+        (("/first/bundle", "/second/bundle", "/third"), ["first/bundle", "second/bundle", "third"]),
+        (("/a/x/bundle", "/b/x/bundle"), ["x/bundle", "x/bundle #2"]),
+        (("out/bundle", "/far/out/bundle"), ["out/bundle", "bundle"]),
+        (
+            ("open_clip:local-dir:/first/clip", "open_clip:local-dir:/second/clip"),
+            ["open_clip:local-dir:first/clip", "open_clip:local-dir:second/clip"],
+        ),
+    ],
+)
+def test_models_that_end_alike_are_told_apart(models: tuple[str, ...], called: list[str]) -> None:
+    rows = rows_of(BenchJob(models=models, runtimes=("onnx",)))
+    assert [made.model for made in rows] == called
+    assert len({made.name for made in rows}) == len(models)
+    made = bench_record(BenchResult(BenchJob(models=models), tuple(rows), {}, "", False), "")
+    assert list(made["rows"]) == [row.name for row in rows], "none overwrites another"
+
+
+def test_two_bundles_of_one_name_are_both_measured(
+    told: Callable[[str], None], bundle: Bundle, tmp_path: Path
+) -> None:
+    told("")
+    models = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        models.append(str(shutil.copytree(bundle.folder, tmp_path / name / "copy")))
+    made = measured(models=tuple(models), runtimes=("onnx",), rounds=1)
+    record = bench_record(made, "")
+    assert list(record["rows"]) == ["first/copy, onnx-fp32", "second/copy, onnx-fp32"]
+    assert all("images_per_s" in row for row in record["rows"].values())
+    assert [row["model"] for row in record["rows"].values()] == ["first/copy", "second/copy"]
+
+
+def test_a_row_that_is_asked_for_twice_is_measured_once(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "same").symlink_to(bundle.folder)
+    models = (str(bundle.folder), f"{bundle.folder}/", str(tmp_path / "same"))
+    said: list[str] = []
+    (only,) = rows_of(BenchJob(models=models, runtimes=("auto", "onnx")), said.append)
+    assert only.name == f"{bundle.folder.name}, onnx-fp32"
+    assert said == [f"{only.name}: asked for twice, since auto is onnx here; it is measured once"]
 
 
 def test_no_number_without_a_verdict(bundle: Bundle, tmp_path: Path) -> None:
@@ -272,7 +342,7 @@ LIMITS_FOUND = {"by": "torch", "gop_per_s": {"fp32": 9.0}, "gb_per_s": 9.0, "not
 
 
 def measured(**fields: Any) -> BenchResult:
-    return run_bench(BenchJob(models=("tiny",), limit=2, **{"runtimes": ("onnx", "torch"), **fields}))
+    return run_bench(BenchJob(limit=2, **{"models": ("tiny",), "runtimes": ("onnx", "torch"), **fields}))
 
 
 def test_rows_take_turns_forwards_and_backwards(told: Callable[[str], None], tmp_path: Path) -> None:
@@ -300,6 +370,40 @@ def test_a_row_that_breaks_says_why_and_the_rest_goes_on(
     assert why in broken.why and len(broken.phases) == rounds
     assert broken.broken == (1 if rounds else 0)
     assert len(other.phases) == 3 and not other.why
+
+
+def compared(folder: Path, *runtimes: str) -> Result:
+    """A run of the command with workers that are told what to find, compared with a record of tiny on onnx."""
+    old = {"name": "bench", "rows": {"tiny, onnx-fp32": {"images_per_s": {"all": [1.0]}}}}
+    (folder / "old.json").write_text(json.dumps(old))
+    options = ["tiny", "--runtime", ",".join(runtimes), "--rounds", "1", "--limit", "2"]
+    return CliRunner().invoke(
+        bench, [*options, "--out", str(folder / "out"), "--compare", str(folder / "old.json")]
+    )
+
+
+def test_what_was_measured_is_written_before_it_is_compared(
+    told: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told("")
+
+    def fail(*_: object) -> None:
+        raise DataError("it fails", "", "")
+
+    monkeypatch.setattr(bench_compare, "compare", fail)
+    assert isinstance(compared(tmp_path, "onnx").exception, DataError)
+    assert {"bench.json", "bench.csv", "report.html"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_row_to_compare_with_that_breaks_is_an_error_after_all_was_written(
+    told: Callable[[str], None], tmp_path: Path
+) -> None:
+    told("if name == 'phases onnx': found = {'why': 'out of luck'}")
+    done = compared(tmp_path, "onnx", "torch")
+    assert isinstance(done.exception, DataError) and "no row can be compared" in str(done.exception)
+    made = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert made["rows"]["tiny, torch-fp32"]["rounds"] == 1
+    assert "no row was measured in both records" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_limits_are_the_best_of_all_rounds(told: Callable[[str], None]) -> None:

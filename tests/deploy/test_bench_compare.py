@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bench_found import result, row
 
-from cliplet.deploy.bench_compare import bootstrap_ratio, compare, hold_objectives
+from cliplet.deploy.bench_compare import (
+    bootstrap_ratio,
+    compare,
+    earlier_record,
+    hold_comparable,
+    hold_objectives,
+)
 from cliplet.deploy.bench_summary import bench_record
 from cliplet.errors import DataError, ObjectiveError
 
@@ -64,8 +72,45 @@ def test_what_else_differs_is_said() -> None:
 
 
 def test_records_without_a_row_in_common_cannot_be_compared() -> None:
-    with pytest.raises(DataError, match="no row of the two records has the same name"):
-        compare(record_of(10.0), record_of(10.0, runtime="openvino"))
+    old = record_of(10.0, runtime="openvino")
+    with pytest.raises(DataError, match="the earlier record measured tiny, openvino-fp32, batch 2") as caught:
+        hold_comparable(["tiny, onnx-fp32, batch 2"], old)
+    assert caught.value.expected == "one of tiny, onnx-fp32, batch 2"
+    hold_comparable(["other", "tiny, openvino-fp32, batch 2"], old)
+    found = compare(record_of(10.0), old)
+    assert not found.differences and "no row was measured in both records" in found.notes
+
+
+def test_a_row_that_was_not_measured_before_is_none_in_common() -> None:
+    old = record_of(why="no verdict")
+    with pytest.raises(DataError, match="the earlier record measured none"):
+        hold_comparable(old["rows"], old)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "it has no rows"),
+        ([], "it has no rows"),
+        ({"a": 3}, "a row of it has no rounds"),
+        ({"a": {"images_per_s": 3.0}}, "a row of it has no rounds"),
+        ({"a": {"images_per_s": {"all": []}}}, "a row of it has no rounds"),
+        ({"a": {"images_per_s": {"all": [0.0]}}}, "a row of it has no rounds"),
+        ({"a": {"engine_images_per_s": {"all": ["3"]}}}, "a row of it has no rounds"),
+    ],
+)
+def test_an_earlier_record_of_another_shape_is_refused(rows: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({"name": "bench", **({} if rows is None else {"rows": rows})}))
+    with pytest.raises(DataError, match=f"cannot be compared with: {said}") as caught:
+        earlier_record(file)
+    assert "--out" in caught.value.fix
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    made = bench_record(result(row(), row((), "torch", why="no")), "cliplet bench tiny")
+    (tmp_path / "old.json").write_text(json.dumps(made))
+    assert compare(made, earlier_record(tmp_path / "old.json")).differences[0].ratio == 1
 
 
 @pytest.mark.parametrize(
@@ -87,6 +132,16 @@ def test_objectives_are_held_or_missed(
     with pytest.raises(ObjectiveError, match=missed) as caught:
         hold_objectives(made, *asked)
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("asked", [(40.5, None, None), (None, 31.0, None), (None, None, 0.0)])
+def test_a_row_that_was_not_measured_misses_every_objective(
+    asked: tuple[float | None, float | None, float | None],
+) -> None:
+    made = bench_record(result(row(), row((), "tensorrt", why="no GPU")), "cliplet bench tiny")
+    with pytest.raises(ObjectiveError, match="^tiny, tensorrt-fp32, batch 2: not measured: no GPU\n"):
+        hold_objectives(made, *asked)
+    hold_objectives(made, None, None, None)
 
 
 def test_a_server_that_went_away_misses_the_error_rate() -> None:

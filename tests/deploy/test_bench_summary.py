@@ -134,6 +134,11 @@ def test_a_table_is_never_cut_off() -> None:
     show(record_of(row(), row((60.0, 66.0), "openvino")), None, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text and "openvino-fp32" in text
+    told = " ".join(text.split())
+    assert (
+        "cutting the views, encoder, scores and their aggregation, which are one graph and so have one number"
+        in told
+    )
     (line,) = [line for line in text.splitlines() if "onnx-fp32" in line and "equal" in line]
     assert line.split()[:7] == ["onnx-fp32", "fp32", "2", "31.5", "5%", "1.00", "79%"]
 

@@ -202,7 +202,11 @@ def test_nothing_says_labels_of_a_trunk() -> None:
     said = told(made)
     assert "label" not in said and "classes" not in said and "scores" not in said
     assert "How fast trunk embeds" in said and "images a second of embedding" in said
-    assert "equal neighbours" in said and "scaling to length 1" in said
+    assert (
+        "cutting the image, encoder, and scaling to length 1, which are one graph and so have one number"
+        in said
+    )
+    assert "equal neighbours" in said
     assert "rounds of embedding differ by 67%" in said
     assert [d.quantity for d in compare(made, made).differences] == ["embedding", "the engine alone"]
     (line,) = csv.DictReader(io.StringIO(as_csv(made).decode()))

@@ -22,6 +22,7 @@ from cliplet.deploy.server import TritonServer
 from cliplet.errors import ClipletError, DataError, UsageError
 from cliplet.images import ImageError
 from cliplet.server_address import ServerAddress
+from cliplet.triton_async import AsyncConnection
 from cliplet.triton_errors import DeadlineExpired, ServerAway
 from cliplet.triton_program import server_folder
 
@@ -189,6 +190,33 @@ def test_images_are_taken_as_fast_as_answers(site: Site, photo: Path) -> None:
             assert taken <= done + 4
         answers.close()  # type: ignore[attr-defined]
     assert taken < 12
+
+
+@pytest.mark.parametrize("http", [False, True])
+def test_few_images_are_on_their_way_at_a_time(
+    site: Site, photo: Path, http: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tasks ask: with 50 there were 50."""
+    running = most = 0
+    infer = AsyncConnection._infer_once
+
+    async def counted(self: AsyncConnection, *given: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await infer(self, *given)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(AsyncConnection, "_infer_once", counted)
+
+    async def ask() -> list[Tagged]:
+        async with AsyncClient(site.address("student", http=http), token=TOKEN, in_flight=2) as client:
+            return await asyncio.gather(*(client.tag(photo) for _ in range(50)))
+
+    assert len(asyncio.run(ask())) == 50
+    assert most == 2
 
 
 @pytest.mark.parametrize("http", [False, True])

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ from served import make_student, make_teacher
 from cliplet.deploy import container
 from cliplet.deploy.container import (
     BASE_IMAGE,
+    CARRIED_OTHERWISE,
+    CERTIFICATE,
+    KEY,
+    SERVER_FLAGS,
     ContainerOptions,
     container_command,
+    not_carried,
     serve_command,
     write_container_files,
 )
@@ -28,7 +33,7 @@ from cliplet.deploy.repository import Served, ServeSettings, plan_served, shared
 from cliplet.deploy.serve_commands import start
 from cliplet.deploy.server_options import Ports, ServerOptions
 from cliplet.errors import EnvironmentError_, UsageError
-from cliplet.server_address import PAGE_PORT
+from cliplet.server_address import PAGE_PORT, TOKEN_VARIABLE
 
 PORTS = {**vars(Ports()), "page": PAGE_PORT}
 Plan = Callable[..., tuple[list[Served], ServeSettings]]
@@ -190,6 +195,18 @@ def test_sizes_follow_from_what_is_served(plan: Plan, options: ContainerOptions,
     assert sizes[32][0] > sizes[1][0] and sizes[32][1] > sizes[1][1]
 
 
+def test_every_size_of_batch_is_warmed_up(plan: Plan) -> None:
+    """Also the largest, where it is larger than the usual one."""
+    served, _ = plan(max_batch_size=64)
+    graph = served[0].graphs[0]
+    _, best, most = graph.profile.batch
+    assert most == 64 > best
+    for tensor in graph.contract.inputs:
+        shapes = graph.shapes(tensor)
+        assert [shape[0] for shape in shapes] == [1, best, 64]
+        assert shapes[2][1:] == shapes[1][1:], "with the usual views and canvas"
+
+
 # Compose and Kubernetes: closed as far as it goes.
 
 
@@ -295,6 +312,51 @@ def test_the_containers_words_mean_the_same_settings(plan: Plan, settings: dict[
     assert parsed["host"] == "0.0.0.0" and parsed["restart"]
     for name, value in settings.items():
         assert (parsed["cache_mib"] == 32) if name == "cache" else (parsed[name] == value), name
+
+
+def test_the_containers_server_is_run_the_same_way(plan: Plan, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text("certificate")
+    key.write_text("key")
+    how: dict[str, Any] = {
+        "take_turns": True,
+        "http_threads": 3,
+        "log_verbose": 1,
+        "ready_timeout_s": 300.5,
+        "exit_timeout_s": 60,
+        "deadline_s": 12.0,
+    }
+    assert how.keys() == SERVER_FLAGS.keys()
+    server = ServerOptions(**how, host="0.0.0.0", tls_cert=cert, tls_key=key)
+    options = ContainerOptions(page_hosts=("a.example", "b.example"))
+    words = shlex.split(container_command(*plan(), options, server))
+    image = words.index(options.image)
+    run, inner = words[:image], words[image + 1 :]
+    assert {f"--volume={cert}:{CERTIFICATE}:ro", f"--volume={key}:{KEY}:ro"} <= set(run)
+    assert "--stop-timeout=80" in run, "docker does not kill it before its own time is over"
+    # With TLS, all but gRPC is for the container itself.
+    assert [w for w in run if w.startswith("--publish")] == ["--publish=0.0.0.0:8001:8001"]
+    # Its files lie in the container alone, where a click option would look for them.
+    tls = [words.index(word) for word in ("--tls-cert", "--tls-key")]
+    assert [words[place + 1] for place in tls] == [CERTIFICATE, KEY]
+    del words[min(tls) : max(tls) + 2]
+    parsed = start.make_context("start", words[words.index("serve") + 1 :]).params
+    assert {name: parsed[name] for name in how} == how
+    assert parsed["page_hosts"] == options.page_hosts
+    assert len(inner) == len(serve_command(*plan(), options, server))
+    assert any("HTTP" in word for word in not_carried(server))
+
+
+def test_no_option_of_the_server_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert not_carried(ServerOptions()) == []
+    assert not_carried(ServerOptions(backoff_s=9.0, deadline_s=9.0)) == ["backoff_s"]
+    (told,) = not_carried(ServerOptions(token="sesame"))
+    assert TOKEN_VARIABLE in told and "sesame" not in told
+    monkeypatch.setenv(TOKEN_VARIABLE, "sesame")
+    assert not_carried(ServerOptions(token="sesame")) == []
+    names = {field.name for field in fields(ServerOptions)}
+    assert SERVER_FLAGS.keys() | CARRIED_OTHERWISE <= names and not SERVER_FLAGS.keys() & CARRIED_OTHERWISE
 
 
 # Writing.

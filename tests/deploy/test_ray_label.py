@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ ray = pytest.importorskip("ray")
 
 CLASSES = "cat,dog,bird"
 WORKER = "ray::MapWorker"
+# Seconds that a busy machine may need to start a worker, or to come to its work.
+LONG_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,12 @@ def undisturbed(many: Path, tagger: TaggerSettings, tmp_path_factory: pytest.Tem
     return content(out)
 
 
-def slow_and_mortal() -> Callable[[], None]:
-    """What each worker does when it starts: decode slowly, and die of an image called `killer`."""
+def slow_and_mortal(hold: Path) -> Callable[[], None]:
+    """What each worker does when it starts: decode slowly, and die of an image called `killer`.
+
+    At an image from `048.jpg` on it waits as long as there is a folder `hold`, with a file there named for its
+    process.
+    """
 
     def prepare() -> None:
         import os
@@ -87,6 +94,9 @@ def slow_and_mortal() -> Callable[[], None]:
 
         def load(ref: Any, *rest: Any) -> Any:
             time.sleep(0.02)
+            while os.path.basename(ref.path) >= "048.jpg" and hold.exists():
+                (hold / str(os.getpid())).touch()
+                time.sleep(0.02)
             if "killer" in ref.path:
                 os.kill(os.getpid(), 9)
             return whole(ref, *rest)
@@ -97,17 +107,32 @@ def slow_and_mortal() -> Callable[[], None]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that does not exist; while it does, workers wait."""
+    return tmp_path_factory.mktemp("flags") / "hold"
+
+
+@pytest.fixture(scope="module")
+def cluster(hold: Path) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100 << 20,
-        runtime_env={"worker_process_setup_hook": slow_and_mortal()},
+        runtime_env={"worker_process_setup_hook": slow_and_mortal(hold)},
     )
     yield
     ray.shutdown()
+
+
+def until(holds: Callable[[], Any]) -> Any:
+    """Wait for something that comes true."""
+    end = time.monotonic() + LONG_S
+    while not (found := holds()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
 
 
 def workers() -> list[psutil.Process]:
@@ -124,7 +149,7 @@ def workers() -> list[psutil.Process]:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_killed_half_way_costs_nothing(
-    job: LabelJob, undisturbed: object, monkeypatch: pytest.MonkeyPatch
+    job: LabelJob, undisturbed: object, hold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[int] = []
     write = LabelStore.write_part
@@ -132,15 +157,22 @@ def test_a_worker_killed_half_way_costs_nothing(
     def write_and_kill(self: LabelStore, rows: Any) -> Path:
         part = write(self, rows)
         if part.name == "part-000010.parquet":
-            living = workers()
-            assert len(living) == 2
-            living[0].kill()
-            killed.append(living[0].pid)
+            # One in the middle of its stretch, while there is another one.
+            until(lambda: len(workers()) == 2)
+            pid = int(until(lambda: list(hold.iterdir()))[0].name)
+            assert pid in [worker.pid for worker in workers()]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            shutil.rmtree(hold)
         return part
 
     monkeypatch.setattr(labelling, "PART_ROWS", 1)
     monkeypatch.setattr(LabelStore, "write_part", write_and_kill)
-    result = label(job)
+    hold.mkdir()
+    try:
+        result = label(job)
+    finally:
+        shutil.rmtree(hold, ignore_errors=True)
     assert len(killed) == 1
     assert (result.labelled, result.failed, result.scored_now) == (144, 6, 144)
     assert content(job.out) == undisturbed
@@ -174,8 +206,6 @@ def test_an_image_that_kills_its_workers_ends_the_run_and_is_named(
 def test_what_a_worker_raises_on_purpose_comes_home(
     job: LabelJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     from cliplet.tagger import exported_bundle
 
     def damaged(chosen: Any) -> Any:
@@ -235,13 +265,21 @@ def test_a_cluster_is_shared_out_by_device(
 # --- clusters of our own -------------------------------------------------------------------------------------
 
 
-def start(job: LabelJob, *options: str) -> subprocess.Popen[str]:
-    """`label --ray local` as a process that writes each batch, slowly."""
+def start(job: LabelJob, parts: int, *options: str) -> subprocess.Popen[str]:
+    """`label --ray local` as a process that writes each batch, and waits before it writes more than so many `parts`.
+
+    A file `go` beside the results lets it go on.
+    """
     code = (
         "import sys, time, cliplet.deploy.label as l, cliplet.labels as b\n"
+        f"go = __import__('pathlib').Path({str(job.out)!r}).with_name('go')\n"
         "l.PART_ROWS = 1\n"
         "write = b.LabelStore.write_part\n"
-        "b.LabelStore.write_part = lambda self, rows: (time.sleep(0.05), write(self, rows))[1]\n"
+        "def held(self, rows):\n"
+        f"    while len(list(self.parts_folder.glob('part-*.parquet'))) >= {parts} and not go.exists():\n"
+        "        time.sleep(0.01)\n"
+        "    return write(self, rows)\n"
+        "b.LabelStore.write_part = held\n"
         "from cliplet.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -260,9 +298,13 @@ def start(job: LabelJob, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def parts_of(out: Path) -> int:
+    return len(list((out / "labels").glob("part-*.parquet")))
+
+
 def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while len(list((out / "labels").glob("part-*.parquet"))) < count:
+    deadline = time.monotonic() + LONG_S
+    while parts_of(out) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -286,25 +328,29 @@ def ended_below(process: subprocess.Popen[str], *, killed: bool = False) -> Iter
 
 
 def test_a_driver_that_is_stopped_or_killed_continues(job: LabelJob, undisturbed: object) -> None:
-    process = start(job, "--ray", "local", "--ray-workers", "2")
+    process = start(job, 3, "--ray", "local", "--ray-workers", "2")
     wait_for_parts(job.out, 3, process)
+    go = job.out.with_name("go")
     with ended_below(process):
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=120)
+        go.touch()
+        stdout, stderr = process.communicate(timeout=LONG_S)
     assert process.returncode == 130, stderr
     assert all(line.startswith("labelling: ") for line in stderr.splitlines()), stderr
     assert stdout.startswith("interrupted, all work saved")
     saved = len(list(read_labels(job.out)))
     assert 0 < saved < 144
 
-    process = start(job, "--ray", "local", "--ray-workers", "2", "--quiet")
-    wait_for_parts(job.out, saved // 3 + 5, process)
+    go.unlink()
+    more = parts_of(job.out) + 2
+    process = start(job, more, "--ray", "local", "--ray-workers", "2", "--quiet")
+    wait_for_parts(job.out, more, process)
     with ended_below(process, killed=True):
         process.kill()
         process.communicate()
     assert saved < len(list(read_labels(job.out))) < 144
 
-    label(changed(job, ray=None))
+    label(changed(job, ray=None, ray_workers=0))
     assert content(job.out) == undisturbed
 
 

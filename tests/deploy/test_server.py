@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -31,7 +34,7 @@ from cliplet.deploy.server_options import Ports, free_ports
 from cliplet.deploy.stubs import failing_stubs, stubs_of
 from cliplet.deploy.triton_http import CallError, TritonHttp
 from cliplet.errors import EnvironmentError_, UsageError
-from cliplet.server_address import read_state, state_file
+from cliplet.server_address import ServerState, read_state, state_file
 from cliplet.triton_program import FOLDER_VARIABLE, server_folder
 
 pytestmark = pytest.mark.skipif(not server_folder().is_dir(), reason="the embedded server is not installed")
@@ -63,6 +66,10 @@ def running(repository: Path) -> Iterator[TritonServer]:
         yield server
 
 
+# A machine may stand still for seconds; what comes at all comes before that.
+SOON_S, RESTARTED_S = 30, 90
+
+
 def pid_of(server: TritonServer, model: str) -> int:
     return next(pid for pid, name in stubs_of(server.pid).items() if name == model)
 
@@ -70,7 +77,7 @@ def pid_of(server: TritonServer, model: str) -> int:
 def stop(stub: int) -> None:
     """Stop a process, and return once it stands still."""
     os.kill(stub, signal.SIGSTOP)
-    assert within(2, lambda: failing_stubs({stub: "it"}))
+    assert within(SOON_S, lambda: failing_stubs({stub: "it"}))
 
 
 # Well
@@ -80,7 +87,7 @@ def test_every_model_answered(running: TritonServer) -> None:
     models = ["student", "student_classifier", "teacher", "teacher_snippets", "teacher_text"]
     assert sorted(running.models) == models and running.refused == {}
     health = running.health()
-    assert health.ok and all(0 < m.seconds < 2 for m in health.models)
+    assert health.ok and all(0 < m.seconds < SOON_S for m in health.models)
     assert running.health(max_age_s=60) is running.health(max_age_s=60)
     assert running.health() is not health
 
@@ -110,16 +117,16 @@ def test_the_note_is_for_its_user_alone(running: TritonServer) -> None:
 def test_closed_doors(headers: dict[str, str], path: str, allowed: bool, running: TritonServer) -> None:
     caller = TritonHttp("127.0.0.1", running.ports.http, headers)
     if allowed:
-        caller.call("GET", path)
+        caller.call("GET", path, timeout_s=SOON_S)
     else:
         with pytest.raises(CallError, match="restricted"):
-            caller.call("GET", path)
+            caller.call("GET", path, timeout_s=SOON_S)
 
 
 def test_the_secret_opens_them(running: TritonServer) -> None:
-    running.http.call("GET", "/v2/systemsharedmemory/status")
+    running.http.call("GET", "/v2/systemsharedmemory/status", timeout_s=SOON_S)
     with pytest.raises(CallError, match=r"not enabled|explicit|not allowed|polling"):
-        running.http.call("POST", "/v2/repository/models/student/unload")
+        running.http.call("POST", "/v2/repository/models/student/unload", timeout_s=SOON_S)
 
 
 def test_grpc_has_the_same_doors(running: TritonServer) -> None:
@@ -195,6 +202,13 @@ def test_an_address_of_another_machine(repository: Path) -> None:
         TritonServer(repository, quick(host="192.0.2.1")).start()
 
 
+@pytest.mark.parametrize("token", ["", "two words", "tab\t", "grüße", "\u2713", "\x7f"])
+def test_a_token_that_no_client_could_send(token: str) -> None:
+    with pytest.raises(UsageError, match="the token") as told:
+        quick(token=token)
+    assert "openssl rand" in told.value.fix and (not token or token not in str(told.value))
+
+
 def test_without_the_server_nothing_is_started(
     repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -210,14 +224,12 @@ def test_a_stopped_process_is_unready_until_it_goes_on(running: TritonServer) ->
     stub = pid_of(running, "teacher_snippets")
     stop(stub)
     try:
-        began = monotonic()
         reasons = running.health().reasons
-        assert monotonic() - began < 2.5
         assert sorted(reasons) == ["teacher", "teacher_snippets"], "the other bundle works"
-        assert f"its process {stub} is stopped" in reasons["teacher_snippets"]
+        assert f"its process {stub} is stopped" in reasons["teacher_snippets"], "it was not asked"
     finally:
         os.kill(stub, signal.SIGCONT)
-    assert within(5, lambda: running.health().ok)
+    assert within(SOON_S, lambda: running.health().ok)
 
 
 def test_a_stopped_process_that_met_a_request_leads_to_a_restart(
@@ -233,10 +245,10 @@ def test_a_stopped_process_that_met_a_request_leads_to_a_restart(
             probe = next(p for p in server._probes if p.model == "student_classifier")
             assert probe.feeds is not None
             with pytest.raises(CallError, match="not healthy"):
-                server.http.infer(probe.model, probe.feeds(), probe.outputs, 5)
+                server.http.infer(probe.model, probe.feeds(), probe.outputs, SOON_S)
             assert not server.health().ok and server.restarts == 0
             os.kill(stub, signal.SIGCONT)
-            assert within(30, lambda: server.health().ok)
+            assert within(RESTARTED_S, lambda: server.health().ok)
             assert ended == []
 
 
@@ -249,11 +261,12 @@ def test_a_hanging_model_is_unready_until_it_goes_on(student: Path, tmp_path: Pa
         flag.touch()
         began = monotonic()
         health = server.health()
-        assert monotonic() - began < 2
-        assert "no answer within" in health.reasons["student_classifier"]
-        assert server.http.call("GET", "/v2/models/student_classifier/ready") is None, "Triton thinks so"
+        assert monotonic() - began < SOON_S, "it ends while the model still hangs"
+        assert "no answer within the deadline of 1 s" in health.reasons["student_classifier"]
+        ready = "/v2/models/student_classifier/ready"
+        assert server.http.call("GET", ready, timeout_s=SOON_S) is None, "Triton thinks so"
         flag.unlink()
-        assert within(5, lambda: server.health().ok)
+        assert within(SOON_S, lambda: server.health().ok)
         traces = Traces.of(server.pid, server.ports)
     assert traces.left() == []
     server.stop()
@@ -264,7 +277,7 @@ def test_a_killed_process_is_unready_for_good_without_restart(student: Path) -> 
         server.wait_ready()
         stub = pid_of(server, "student_classifier")
         os.kill(stub, signal.SIGKILL)
-        assert within(2, lambda: not server.health().ok)
+        assert within(SOON_S, lambda: not server.health().ok)
         assert f"its process {stub} died" in server.health().reasons["student_classifier"]
         with supervised(server) as ended:
             assert not within(1.5, lambda: ended) and not server.health().ok
@@ -277,7 +290,7 @@ def test_a_killed_process_leads_to_a_restart(student: Path, monkeypatch: pytest.
         server.wait_ready()
         with supervised(server) as ended:
             os.kill(pid_of(server, "student_classifier"), signal.SIGKILL)
-            assert within(30, lambda: server.restarts == 1 and server.health().ok)
+            assert within(RESTARTED_S, lambda: server.restarts == 1 and server.health().ok)
             assert ended == []
 
 
@@ -303,10 +316,13 @@ def test_no_model_that_loads(student: Path) -> None:
 
 def test_ready_timeout_names_the_model(student: Path, tmp_path: Path) -> None:
     flag = tmp_path / "hang"
-    flag.touch()
     hang_while(student / "student", flag)
-    with TritonServer(student, quick(ready_timeout_s=8.0, deadline_s=0.5, exit_timeout_s=0)) as server:
-        with pytest.raises(EnvironmentError_, match=r"not ready within 8 s: student: no answer"):
+    with TritonServer(student, quick(deadline_s=0.5, exit_timeout_s=0)) as server:
+        # Loading takes as long as it takes; then too little time is left for a model that hangs.
+        server.wait_ready()
+        server.options = replace(server.options, ready_timeout_s=8.0)
+        flag.touch()
+        with pytest.raises(EnvironmentError_, match=r"not ready within 8 s: .*student: no answer"):
             server.wait_ready()
 
 
@@ -338,11 +354,81 @@ def test_a_killed_server_comes_back(student: Path) -> None:
         traces, ports, secret = Traces.of(server.pid, server.ports), server.ports, server.secret
         with supervised(server):
             os.kill(server.pid, signal.SIGKILL)
-            assert within(30, lambda: server.restarts == 1 and server.health().ok)
+            assert within(RESTARTED_S, lambda: server.restarts == 1 and server.health().ok)
             assert (server.ports, server.secret) == (ports, secret)
             state = read_state(ports.grpc)
             assert state is not None and state.pid == server.pid
             assert not any(is_alive(pid) for pid in traces.pids)
+
+
+def test_a_model_lost_at_a_restart_is_named(
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others serve on, and the server is not started again and again for those that are lost."""
+    monkeypatch.setattr(server_module, "CHECK_EVERY_S", 0.2)
+    repository = repository_of(tmp_path / "repository", **bundles)
+    with TritonServer(repository, quick(restart=True, backoff_s=0.1, unhealthy_s=0.0)) as server:
+        assert server.wait_ready().ok
+        break_model(repository / "teacher_snippets")
+        shutil.rmtree(repository / "teacher_text")
+        with supervised(server) as ended:
+            os.kill(server.pid, signal.SIGKILL)
+            assert within(RESTARTED_S, lambda: "the server is ready again, without" in caplog.text)
+            reasons = server.health().reasons
+            assert sorted(reasons) == ["teacher", "teacher_snippets", "teacher_text"]
+            assert "no module named lost" in reasons["teacher_snippets"]
+            assert "no longer in" in reasons["teacher_text"] and "teacher_snippets" in reasons["teacher"]
+            assert all(f"model {model} was lost" in caplog.text for model in reasons)
+            assert sorted(server.models) == ["student", "student_classifier"]
+            assert not within(1.5, lambda: ended or server.restarts > 1)
+
+
+def test_a_start_that_fails_once_is_tried_again(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "CHECK_EVERY_S", 0.2)
+    with TritonServer(student, quick(restart=True, backoff_s=0.1)) as server:
+        server.wait_ready()
+        failures = [EnvironmentError_("no space left", "room", "free some")]
+
+        def write_state(state: ServerState) -> None:
+            if failures:
+                raise failures.pop()
+
+        monkeypatch.setattr(server_module, "write_state", write_state)
+        with supervised(server) as ended:
+            os.kill(server.pid, signal.SIGKILL)
+            assert within(RESTARTED_S, lambda: server.restarts == 2 and server.health().ok)
+            assert ended == [] and failures == []
+
+
+def fails_to_write(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def more_than_a_process_takes(*_: object) -> dict[str, str]:
+    return {"LONG": "x" * 2**20}
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "message"),
+    [
+        ("build_backends", fails_to_write, "no space left"),
+        ("server_environment", more_than_a_process_takes, "process could not be started: .*too long"),
+    ],
+)
+def test_a_start_that_fails_early_leaves_nothing(
+    name: str, instead: object, message: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, name, instead)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EnvironmentError_, match=message):
+        TritonServer(student, quick()).start()
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_it_gives_up(student: Path) -> None:
@@ -353,7 +439,7 @@ def test_it_gives_up(student: Path) -> None:
         shutil.rmtree(student / "student_classifier")
         with supervised(server) as ended:
             os.kill(server.pid, signal.SIGKILL)
-            assert within(60, lambda: ended)
+            assert within(RESTARTED_S, lambda: ended)
         assert isinstance(ended[0], EnvironmentError_) and "failed 3 times in a row" in str(ended[0])
 
 
@@ -379,8 +465,8 @@ def test_a_killed_keeper_takes_the_server_along(student: Path) -> None:
         server.wait_ready()
         traces = Traces.of(server.pid, server.ports)
         psutil.Process(server.pid).parent().kill()
-        assert within(5, lambda: not server.is_running)
-    assert within(5, lambda: traces.left() == [])
+        assert within(SOON_S, lambda: not server.is_running)
+    assert within(SOON_S, lambda: traces.left() == [])
 
 
 def test_a_killed_master_leaves_nothing(student: Path) -> None:
@@ -399,4 +485,4 @@ def test_a_killed_master_leaves_nothing(student: Path) -> None:
     finally:
         master.kill()
         master.communicate()
-    assert within(15, lambda: traces.left() == []), traces.left()
+    assert within(SOON_S, lambda: traces.left() == []), traces.left()

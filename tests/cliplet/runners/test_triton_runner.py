@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import cliplet
 from cliplet import shared_segments
 from cliplet.contract import GraphContract, TensorSpec
 from cliplet.datasets import open_dataset
+from cliplet.deploy.client import AsyncClient, Client
 from cliplet.deploy.server import TritonServer
 from cliplet.deploy.server_options import Ports
 from cliplet.errors import DataError, ServerError, UsageError
@@ -61,8 +63,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
 
 
+def segments_of(pid: int) -> list[str]:
+    return [n for n in os.listdir("/dev/shm") if n.startswith(f"{shared_segments.PREFIX}{pid}-")]
+
+
 def own_segments() -> list[str]:
-    return [n for n in os.listdir("/dev/shm") if n.startswith(f"{shared_segments.PREFIX}{os.getpid()}-")]
+    return segments_of(os.getpid())
 
 
 def encoded(path: str) -> dict[str, np.ndarray]:
@@ -350,6 +356,7 @@ def test_the_server_outlives_a_client_that_vanishes(site: Site, images: list[str
     code = (
         "import os, signal, sys, threading, time, cliplet\n"
         "from cliplet.triton_wire import GrpcWire\n"
+        "print(os.getpid(), flush=True)\n"
         "infer = GrpcWire.infer\n"
         "def die(self, *given):\n"
         "    threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
@@ -359,13 +366,17 @@ def test_the_server_outlives_a_client_that_vanishes(site: Site, images: list[str
         "    while True: tagger.label(sys.argv[2:])\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code, site.address("teacher"), *images], check=False, timeout=60
+        [sys.executable, "-c", code, site.address("teacher"), *images],
+        check=False,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert ended.returncode == -signal.SIGKILL
     with cliplet.load(site.address("teacher")) as tagger:
         assert len(tagger.label(images)) == len(images)
         # It also swept what the other one left.
-        assert [n for n in os.listdir("/dev/shm") if n.startswith(shared_segments.PREFIX)] == own_segments()
+        assert segments_of(int(ended.stdout)) == []
 
 
 # A server that goes and comes
@@ -448,6 +459,35 @@ def test_another_bundle_in_its_place_is_refused(
                 tagger.label(images)
     plan = make_plan(TaggerSettings(model=model))
     assert len(plan.vocabulary.names) == 20
+
+
+def test_another_bundle_in_its_place_is_refused_by_every_client(
+    own_server: list[TritonServer], site: Site, images: list[str]
+) -> None:
+    """It takes the place between two calls, so that none fails; and gives labels, too, but of other classes."""
+    other = repository_of(site.repository.with_name("other-labels"), pets=site.bundles["teacher"])
+    ports = own_server[0].ports
+    here = [str(ServerAddress("127.0.0.1", ports.http if http else ports.grpc, http=http)) for http in (0, 1)]
+
+    async def ask() -> None:
+        async with AsyncClient(here[0]) as grpc, AsyncClient(here[1]) as http:
+            for client in (grpc, http):
+                assert (await client.tag(images[0])).scores.shape == (4,)
+            await asyncio.to_thread(killed, own_server)
+            await asyncio.to_thread(started_again, own_server, other)
+            for client in (grpc, http, grpc, http):
+                with pytest.raises(ServerError, match="came back with another bundle"):
+                    await client.tag(images[0])
+
+    with Client(here[0]) as grpc, Client(here[1]) as http:
+        for client in (grpc, http):
+            assert client.tag(images[0]).scores.shape == (4,)
+        asyncio.run(ask())
+        for client in (grpc, http, grpc, http):
+            with pytest.raises(ServerError, match="came back with another bundle"):
+                client.tag(images[0])
+    with Client(here[0]) as client:
+        assert client.tag(images[0]).scores.shape == (20,)
 
 
 def test_a_server_that_stays_away(own_server: list[TritonServer], images: list[str]) -> None:
