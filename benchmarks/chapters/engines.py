@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.chapters.telling import spread_of
+
 # What the fastest half-precision engine of a large teacher is to reach: times the first row, and share of the peak.
 AIM_RATIO, AIM_SHARE, AIM_CHEAPER = 4.0, 0.75, 10.0
 
@@ -36,7 +38,7 @@ def _row(name: str, found: dict[str, Any], views_per_image: int) -> str:
         f"{parity['largest']:.2g} | {parity['cosine']:.5f} | {parity['agreement']:.2%}" if parity else " | | "
     )
     return (
-        f"| {name} | {rate['median']:.1f} | **{ratio['median']:.1f}** | {ratio['min']:.1f} to {ratio['max']:.1f} | "
+        f"| {name} | {rate['median']:.1f} | **{ratio['median']:.1f}** | {spread_of(ratio, '{:.1f}'.format)} | "
         f"{rate['median'] / views_per_image:.1f} | {found['precision_read']} | {found['share_of_peak']:.0%} | "
         f"{found['peak_mb']['median']:.0f} MB | {agreement} |"
     )

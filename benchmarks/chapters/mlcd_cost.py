@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.chapters.telling import spread_of
+
 
 def chapter(record: dict[str, Any]) -> str:
     """K-means, then the loss alone, then training with it; each against the number of clusters."""
@@ -56,7 +58,7 @@ def chapter(record: dict[str, Any]) -> str:
             f"{row['clusters']:,}",
             f"{row['rate']:.0%}",
             f"{rate['median']:.1f}",
-            f"{rate['min']:.1f} to {rate['max']:.1f}",
+            spread_of(rate, "{:.1f}".format),
             f"{_of(row, 'peak_mb'):,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

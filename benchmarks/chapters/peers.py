@@ -7,6 +7,7 @@ from operator import truediv
 from statistics import median
 from typing import Any
 
+from benchmarks.chapters.telling import in_brackets, spread_of
 from benchmarks.peers import CLIPLET, LOOP
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -35,14 +36,14 @@ def chapter(record: dict[str, Any]) -> str:
 def _row(name: str, row: Mapping[str, Any]) -> str:
     rate, ratio, share = row["images_per_s"], row["ratio_to_loop"], row["share_of_peak"]
     return (
-        f"| {name} | {rate['median']:.2f} | {_range(rate)} | {row['views_per_s']['median']:.1f} | "
-        f"**{ratio['median']:.2f}** | {_range(ratio)} | {'' if share is None else f'{share:.0%}'} | "
+        f"| {name} | {rate['median']:.2f} | {spread_of(rate, _two_places)} | {row['views_per_s']['median']:.1f} | "
+        f"**{ratio['median']:.2f}** | {spread_of(ratio, _two_places)} | {'' if share is None else f'{share:.0%}'} | "
         f"{row['precision_read']} | {row['peak_mb']['median']:.0f} MB |"
     )
 
 
-def _range(values: Mapping[str, float]) -> str:
-    return f"{values['min']:.2f} to {values['max']:.2f}"
+def _two_places(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _remarks(record: Mapping[str, Any]) -> list[str]:
@@ -84,7 +85,7 @@ def _fastest(rows: Rows) -> str:
 
 def _times(row: Mapping[str, Any]) -> str:
     ratio = row["ratio_to_loop"]
-    return f"{ratio['median']:.2f} times ({_range(ratio)})"
+    return f"{ratio['median']:.2f} times{in_brackets(ratio, _two_places)}"
 
 
 def _room(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chapters.telling import spread_of
+
 # How far a slope may be from the expected one and still be called so.
 TOLERANCE = 0.15
 MARK = "\\*"
@@ -38,7 +40,7 @@ def _table(axis: Mapping[str, Any]) -> Iterator[str]:
         cells = [
             f"{int(value):,}{MARK * bool(point['disturbed']['max'])}",
             _number(rate["median"]),
-            f"{_number(rate['min'])} to {_number(rate['max'])}",
+            spread_of(rate, _number),
             *(_number(point[key]["median"]) if key in point else "" for key in (*SHOWN, *others)),
         ]
         yield f"| {' | '.join(cells)} |"

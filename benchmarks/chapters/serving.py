@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.chapters.telling import in_brackets, spread_of, verdict
 from benchmarks.serve import CLIENTS, IN_PROCESS, SOME_CLIENTS, THEIRS, UNBATCHED, bytes_row
 
 # Images a second of encoded files, against the same bundle in process: of a teacher, and of a small student.
@@ -26,8 +27,8 @@ def chapter(record: dict[str, Any]) -> str:
     for name, model in record["rows"].items():
         alone = model[IN_PROCESS]["images_per_s"]
         lines += [
-            f"**{name}**, {model['bundle']}; in this process {alone['median']:.1f} images/s "
-            f"({alone['min']:.1f} to {alone['max']:.1f})\n",
+            f"**{name}**, {model['bundle']}; in this process {alone['median']:.1f} images/s"
+            f"{in_brackets(alone, '{:.1f}'.format)}\n",
             "| | images/s | ratio | spread | p50 | p90 | p95 | p99 | batch | queue | compute | failed |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
             *(_row(row, found) for row, found in model["closed"].items()),
@@ -52,7 +53,7 @@ def _row(name: str, found: dict[str, Any]) -> str:
     )
     return (
         f"| {name.replace(' 1 clients', ' 1 client')} | {rate['median']:.1f} | **{ratio['median']:.2f}** | "
-        f"{ratio['min']:.2f} to {ratio['max']:.2f} | {latencies} | {batch:.1f} | {queue:.0f} ms | {compute:.0f} ms | "
+        f"{spread_of(ratio, '{:.2f}'.format)} | {latencies} | {batch:.1f} | {queue:.0f} ms | {compute:.0f} ms | "
         f"{found['failed']} |"
     )
 
@@ -79,16 +80,8 @@ def _clients(count: int) -> str:
 def _aimed(name: str, ratio: dict[str, Any]) -> str:
     if name not in AIMS:
         return ""
-    aim, lowest, rounds = AIMS[name], ratio["min"], len(ratio["all"])
-    if ratio["median"] < aim:
-        verdict = f"missed by {aim - ratio['median']:.2f}"
-    elif rounds == 1:
-        verdict = "met, in the only round"
-    else:
-        verdict = (
-            "met in every round" if lowest >= aim else f"met by the median, not by the lowest, {lowest:.2f}"
-        )
-    return f" (aim {aim:.2f}: {verdict})"
+    aim = AIMS[name]
+    return f" (aim {aim:.2f}: {verdict(ratio, aim, '{:.2f}'.format)})"
 
 
 def _ways(rows: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ ANY_PORT = Ports(http=0, grpc=0, metrics=0)
 
 
 def quick(**changes: Any) -> ServerOptions:
-    """Options for a test: free ports, and nobody waits long."""
+    """Options for a test: free ports, a short end, and models that may answer late on a machine that stands still."""
     return ServerOptions(
-        **{"ports": ANY_PORT, "exit_timeout_s": 3, "deadline_s": 2.0, "ready_timeout_s": 60.0, **changes}
+        **{"ports": ANY_PORT, "exit_timeout_s": 3, "deadline_s": 10.0, "ready_timeout_s": 180.0, **changes}
     )
 
 
