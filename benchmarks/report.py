@@ -30,10 +30,11 @@ spread beside them. Each chapter ends with what its numbers say.
 most rounds, of several the newest; one that holds the numbers of an earlier version beside its own goes before these,
 one with rows that all before it lack is shown as well, and the others are named at the end ("Also").
 """
-# Below the index.
-NOTES = """`at least`: a row of the record passed that limit, so it was measured too low, or the row does with less arithmetic.
-
-Not all commits that records of 2026-11-22 and 2026-11-23 name are in the history: they are commits of the work as it
+# Below the index; the second where records of those days are shown.
+AT_LEAST = """`at least`: a row of the record passed that limit, so it was measured too low, or the row does with less arithmetic.
+"""
+JOINED_DAYS = ("2026-11-22", "2026-11-23")
+JOINED = """Not all commits that records of 2026-11-22 and 2026-11-23 name are in the history: they are commits of the work as it
 was done, which landed joined together in the commits up to `8f1c45c`, and their numbers belong to that state.
 """
 MEMORY = "memory"
@@ -114,7 +115,9 @@ def report() -> str:
     """The whole book."""
     kinds = _kinds()
     chapters = [text for chapter in CHAPTERS if (text := chapter.text(kinds))]
-    return "\n".join([HEAD, _index(kinds), NOTES, *chapters])
+    days = {record["date"][:10] for kind in kinds for record in kind.shown}
+    notes = [AT_LEAST, *([JOINED] if days & set(JOINED_DAYS) else [])]
+    return "\n".join([HEAD, _index(kinds), *notes, *chapters])
 
 
 def _kinds() -> list[Kind]:

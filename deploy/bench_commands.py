@@ -118,9 +118,9 @@ def bench(
     _tell(made, comparison, out, trace, is_traced=bool(events), as_json=as_json, quiet=quiet)
     if result.interrupted:
         return INTERRUPTED
+    hold_objectives(made, *(options[name] for name in ("slo_p99_ms", "min_throughput", "max_error_rate")))
     if not measured(made):
         raise _nothing(made)
-    hold_objectives(made, *(options[name] for name in ("slo_p99_ms", "min_throughput", "max_error_rate")))
     if earlier:
         hold_comparable(measured(made), earlier)
     return 0

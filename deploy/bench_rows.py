@@ -89,7 +89,7 @@ class Row:
 
     Attributes:
         runtime, precision: as asked for, `auto` resolved.
-        called: what the model is called where the end of its path does not tell it from another.
+        called: what records and tables call the model.
         gives: LABELS, or EMBEDDINGS of a trunk.
         phases, wholes: what each round found.
         why: why it was not measured, or not to the end.

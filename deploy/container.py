@@ -14,6 +14,7 @@ in the container is `cliplet serve` as on any machine, so ready means the same: 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -86,8 +87,8 @@ class ContainerOptions:
 
     Attributes:
         image: the name that the built image gets.
-        ports, page_port: where this machine listens for what the container serves, on loopback; without a `page_port`
-            the page is for the container's own health check alone.
+        ports, page_port: where this machine listens for what the container serves, at the host that the server has
+            (loopback by default); without a `page_port` the page is for the container's own health check alone.
         page_hosts: names of this machine that requests to the page may use beside the usual ones.
         cache_bytes: of the response cache, if there is one.
         wheel: of cliplet, copied beside the Dockerfile; the files cannot be written without.
@@ -177,11 +178,18 @@ def _docker_run(
 ) -> list[str]:
     words = ["docker", "run", "--rm", "--init", "--read-only", "--cap-drop=ALL"]
     words += [f"--stop-timeout={server.exit_timeout_s + GRACE_S}"]
+    if server.deadline_s != ServerOptions().deadline_s:
+        words += [f"--health-timeout={_patience_s(server)}s"]
     words += ["--security-opt=no-new-privileges", f"--tmpfs=/tmp:size={_mib(_tmp_bytes(served))}m,mode=1777"]
     words += [f"--shm-size={_mib(_shm_bytes(served, settings))}m", "--env=CLIPLET_TOKEN"]
     words += ["--gpus=1"] if settings.device == "cuda" else []
     words += [f"--publish={ports}" for ports in options.published(server)]
     return [*words, *more, options.image]
+
+
+def _patience_s(server: ServerOptions) -> int:
+    """Seconds in which the page says whether all models are ready: `health.check` may need a quarter more."""
+    return math.ceil(1.25 * server.deadline_s) + 1
 
 
 def serve_command(
@@ -263,7 +271,7 @@ def _values(
         "shm_mib": _mib(_shm_bytes(served, settings)),
         "tmp_mib": _mib(_tmp_bytes(served)),
         "memory_mib": _mib(_memory_bytes(served, settings)),
-        "patience_s": round(ServerOptions().deadline_s) + 3,
+        "patience_s": _patience_s(ServerOptions()),
         "grace_s": ServerOptions().exit_timeout_s + GRACE_S,
         "check_s": CHECK_S,
         "gpu": "",

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cliplet.dataset_folders import LABELS_FILE
 from cliplet.listing import ImageRef
 
 log = logging.getLogger("cliplet")
 
-LABELS_FILE = "labels.csv"
 COLUMNS = ["file", "classes"]
 
 
@@ -68,17 +68,16 @@ def _labels(file: Path, images: Sequence[ImageRef]) -> dict[int, set[str]]:
     if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
         log.warning("clusters are not compared with %s, whose columns are not file,classes", file)
         return {}
-    place_of: dict[str, int] = {}
-    shared: set[str] = set()
+    by_path: dict[str, int] = {}
+    by_name: dict[str, list[int]] = {}
     for index, image in enumerate(images):
-        path = image.member or os.path.relpath(image.file, file.parent)
-        name = os.path.basename(path)
-        if name in place_of:
-            shared.add(name)
-        place_of |= {name: index, os.path.normpath(path): index}
+        path = os.path.normpath(image.member or os.path.relpath(image.file, file.parent))
+        by_path[path] = index
+        by_name.setdefault(os.path.basename(path), []).append(index)
     found = {}
     for name, classes in rows:
         row = os.path.normpath(name.strip())
-        if row in place_of and row not in shared:
-            found[place_of[row]] = {word.strip() for word in classes.split(";") if word.strip()}
+        hits = [by_path[row]] if row in by_path else by_name.get(row, [])
+        if len(hits) == 1:
+            found[hits[0]] = {word.strip() for word in classes.split(";") if word.strip()}
     return found

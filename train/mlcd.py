@@ -157,6 +157,8 @@ def train_mlcd(
 
 def _refuse_other_run(recipe: MlcdRecipe, images: Sequence[ImageRef], out: Path, embeddings: Path) -> None:
     """Raise `UsageError` if `out` holds another run, before hours go into embeddings; which files differ, if known."""
+    if not (out / "run.json").exists():
+        return
     table = collection_table(images)
     try:
         begin_run(recipe, [{"images": facts_of(table)}], out, writes=False)
@@ -235,7 +237,8 @@ def _embedded(
             if anew:
                 hashes_of_sound_rows(found.features_ND, np.flatnonzero(found.done_N), found.paths)
         except (UsageError, DataError, ArtifactError) as error:
-            if not anew:
+            # Other errors have nothing to do with what the folder holds.
+            if not anew or "--overwrite" not in error.fix:
                 raise
             log.info("the images are embedded anew: %s", error.happened)
             embed_images(images, folder, embedder, replace(how, overwrite=True))

@@ -185,10 +185,12 @@ def scenes_ccd_released() -> ClassifierRecipe:
 def with_method(recipe: ClassifierRecipe, method: str) -> ClassifierRecipe:
     """The same data, student and schedule with another method, looking where that method looks.
 
-    CDUL alternates (Abdelfattah et al. 2023): its labels move before every epoch after the warm-up.
+    CDUL alternates (Abdelfattah et al. 2023): its labels move before every epoch after the warm-up. So no two epochs
+    are judged by the same labels, and the last one is kept.
     """
     if method == "cdul":
-        return replace(recipe, method=method, views="1+3x3", updates=EVERY_EPOCH, update_every=1)
+        recipe = replace(recipe, updates=EVERY_EPOCH, update_every=1, selection="last", held_out=0.0)
+        return replace(recipe, method=method, views="1+3x3")
     return replace(recipe, method=method, views="1")
 
 

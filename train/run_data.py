@@ -18,6 +18,7 @@ from cliplet.scenes import scene_world
 from cliplet.vocabulary import Vocabulary
 
 from .classifier_recipe import ClassifierRecipe
+from .feed import SMALLEST_BATCH
 
 SCENES_SEED = 7  # `tiny` learned from the scenes of seed 0
 SCENE_WORKERS = 2
@@ -104,10 +105,10 @@ def refuse_too_few(learned: int, held_out: int, batch: int, unreadable: Mapping[
     # What a usual share of held-out images would leave, where nearly all are held out.
     possible = round(0.9 * (learned + held_out)) if held_out > learned else learned
     mends = ["--set held_out=0.1"] if held_out > learned else []
-    if possible < 2 * batch:
+    if 2 * SMALLEST_BATCH <= possible < 2 * batch:
         mends.append(f"--batch-size {possible // 2}")
     raise DataError(
         f"{learned} images to learn from beside {held_out} held out, {len(unreadable)} could not be read{lost}",
         f"at least two batches of {batch}",
-        " ".join(mends) if possible > 1 else "choose images that can be decoded",
+        " ".join(mends) if possible >= 2 * SMALLEST_BATCH else "choose more images that can be decoded",
     )

@@ -29,6 +29,10 @@ def chapter(record: dict[str, Any]) -> str:
         ]
         lines += [_row(row, found, per_image) for row, found in model["rows"].items()]
         lines.append("")
+        ahead = model.get("verdicts", {})
+        if ahead:
+            told = "; ".join(f"{engine}: {found['verdict']}" for engine, found in ahead.items())
+            lines.append(f"Built ahead for a GPU that is not here: {told}.\n")
     return "\n".join([*lines, " ".join(_reading(record["rows"]))])
 
 

@@ -98,6 +98,23 @@ def test_streams_that_cannot_be_had_are_refused(model: str, photos: Path, tmp_pa
         job(model, photos, tmp_path / "out", streams=2, ray="local")
 
 
+def test_options_without_the_one_that_they_are_for_are_refused(
+    cli: Cli, model: str, photos: Path, options: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--ray-workers 4 without --ray") as caught:
+        job(model, photos, tmp_path / "out", ray_workers=4)
+    assert caught.value.fix == "--ray local --ray-workers 4"
+    for given, fix in (([], "--write xmp"), (["--write", "csv"], "--write csv,xmp")):
+        for style in ("full", "basename"):
+            done = cli("label", photos, *options, *given, "--xmp-style", style)
+            assert done.returncode == 2
+            assert f"--xmp-style {style} without --write xmp" in done.stderr
+            assert f"fix: {fix} --xmp-style {style}" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = cli("label", photos, *options, "--dry-run", "--write", "xmp", "--xmp-style", "full")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_part_holds_no_more_scores_than_fit(
     model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,15 +564,29 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EAGER_WRITER = "import sys, cliplet.deploy.label as l; l.PART_ROWS = 1; from cliplet.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def start(many: Path, options: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", EAGER_WRITER, "label", str(many), *options]
+def start(
+    many: Path, options: list[str], parts: int | None = None, go: Path = Path("/no/such/file")
+) -> subprocess.Popen[str]:
+    """The command as a process, which waits before it writes more than so many `parts` until there is a file `go`."""
+    held = (
+        "import pathlib, time, cliplet.labels as b\n"
+        "write = b.LabelStore.write_part\n"
+        "def held(self, records):\n"
+        f"    while len(list(self.parts_folder.glob('part-*.parquet'))) >= {parts}:\n"
+        f"        if pathlib.Path({str(go)!r}).exists(): break\n"
+        "        time.sleep(0.01)\n"
+        "    return write(self, records)\n"
+        "b.LabelStore.write_part = held\n"
+    )
+    code = EAGER_WRITER if parts is None else held + EAGER_WRITER
+    command = [sys.executable, "-c", code, "label", str(many), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while len(list((out / "labels").glob("part-*.parquet"))) < count:
-        assert process.poll() is None or process.returncode == 0, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -568,7 +599,8 @@ def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(
     out = tmp_path / "out"
     chance = random.Random(7)
     for kill in range(3):
-        process = start(many, options)
+        # A little further, where it is held so that a late kill meets it, too.
+        process = start(many, options, 10 + 15 * kill)
         wait_for_parts(out, 5 + 15 * kill, process)
         time.sleep(chance.random() * 0.02)
         process.kill()
@@ -583,10 +615,12 @@ def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_the_work(many: Path, options: list[str], tmp_path: Path, number: int) -> None:
-    process = start(many, options)
+    go = tmp_path / "go"
+    process = start(many, options, 3, go)
     wait_for_parts(tmp_path / "out", 3, process)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    go.touch()
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     saved = rows(tmp_path / "out")
     assert 0 < len(saved) < 392

@@ -70,7 +70,8 @@ def test_methods_whose_labels_stay_compare_all_epochs(values: list[float]) -> No
 def test_cdul_changes_its_labels_too() -> None:
     recipe = replace(with_method(scenes_ccd(), "cdul"), epochs=5, warmup_epochs=2)
     assert kept(recipe, "held_out_map", [9, 9, 1, 3, 2]) == 4
-    assert kept(replace(recipe, updates=1), "held_out_map", [9, 9, 1, 3, 2]) == 3
+    judged = replace(recipe, selection="held_out", held_out=0.1, updates=1)
+    assert kept(judged, "held_out_map", [9, 9, 1, 3, 2]) == 3
 
 
 def test_without_a_number_the_latest_is_kept() -> None:
