@@ -129,15 +129,16 @@ class AsyncConnection:
         """What a call returns, tried until it does or patience ends."""
         patience = Patience(self.settings, deadline_s)
         while True:
+            sent_at = self._known.now()
             try:
                 found = await call(patience)
             except CallFailed as failed:
                 error = await self._explained(failed, patience)
                 if is_answer(error):
-                    await self._answered()
+                    await self._answered(sent_at)
                 await asyncio.sleep(self._known.pause(patience, error, failed))
             else:
-                await self._answered()
+                await self._answered(sent_at)
                 return found
 
     async def _explained(self, failed: CallFailed, patience: Patience) -> ClipletError:
@@ -153,12 +154,12 @@ class AsyncConnection:
             return False
         return True
 
-    async def _answered(self) -> None:
+    async def _answered(self, sent_at: float) -> None:
         """See `Connection._answered`."""
         if self._checking is asyncio.current_task():
             return
         async with self._lock:
-            if not self._known.heard():
+            if not self._known.heard(sent_at):
                 return
             self._checking = asyncio.current_task()
             try:

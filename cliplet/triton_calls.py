@@ -100,7 +100,7 @@ class Connection:
             UsageError: it wants another token.
         """
         models = self._tried(lambda patience: self._wire.models(patience.left_s))
-        cards = {model: self._card_text(model) for model in sorted(set(models))}
+        cards = {model: self._known_card_text(model) for model in sorted(set(models))}
         return tuple(model for model, text in cards.items() if text is not None)
 
     def card(self, name: str | None = None) -> ModelCard:
@@ -122,18 +122,19 @@ class Connection:
         return self._known.cards[name]
 
     def _fetched_card(self, name: str) -> ModelCard:
-        try:
-            text = self._card_text(name)
-        except UsageError as error:
-            if not is_unknown(error):
-                raise
-            text = None
+        text = self._known_card_text(name)
         if text is None:
             raise not_served(self.address, name, self.served())
         return read_card(text, self.address, name)
 
-    def _card_text(self, model: str) -> str | None:
-        return self._tried(lambda patience: self._wire.card(model, patience.left_s))
+    def _known_card_text(self, model: str) -> str | None:
+        """The card in a model's configuration; None if there is none, or no such model."""
+        try:
+            return self._tried(lambda patience: self._wire.card(model, patience.left_s))
+        except UsageError as error:
+            if is_unknown(error):
+                return None
+            raise
 
     # Inference
 
@@ -193,17 +194,18 @@ class Connection:
         """What a call returns, tried until it does or patience ends."""
         patience = Patience(self.settings, deadline_s)
         while True:
+            sent_at = self._known.now()
             try:
                 found = call(patience)
             except CallFailed as failed:
                 error = self._explained(failed, patience)
                 if is_answer(error):
-                    self._answered()
+                    self._answered(sent_at)
                 sleep(self._known.pause(patience, error, failed))
                 if is_gone(error) and not self._waits:
                     raise error from failed
             else:
-                self._answered()
+                self._answered(sent_at)
                 return found
 
     def _explained(self, failed: CallFailed, patience: Patience) -> ClipletError:
@@ -219,11 +221,11 @@ class Connection:
             return False
         return True
 
-    def _answered(self) -> None:
+    def _answered(self, sent_at: float) -> None:
         """After an absence: whether it is still the same server, as far as results go. Nobody goes on before."""
         with self._lock:
             missed = self._known.doubted
-            if self._checking or not self._known.heard():
+            if self._checking or not self._known.heard(sent_at):
                 return
             # One that was only silent mostly is the same, and would keep what it is never told to forget.
             if missed:
@@ -327,10 +329,17 @@ class KnownServer:
             self._missed(error)
         return seconds
 
-    def heard(self) -> bool:
+    def now(self) -> float:
+        return self._clock()
+
+    def heard(self, sent_at: float) -> bool:
         """Note an answer; whether `cards` have to be compared before anybody goes on.
 
-        Between two calls a server may be replaced without a call that fails, so that silence is a reason, too.
+        Between two calls a server may be replaced without a call that fails, so that silence is a reason, too; one
+        that takes its time for an answer is not silent.
+
+        Args:
+            sent_at: when it was asked, by `now`.
 
         Raises:
             ServerError: they were compared before, and differ.
@@ -339,7 +348,7 @@ class KnownServer:
             raise self._other(self._changed)
         with self._lock:
             now = self._clock()
-            silent, self._heard_at = now - self._heard_at > SURELY_SAME_S, now
+            silent, self._heard_at = sent_at - self._heard_at > SURELY_SAME_S, now
             # Not after the comparison: what is missed during it is a reason to compare again.
             doubted, self.doubted = self.doubted or silent, False
             since = self._away_since

@@ -96,7 +96,7 @@ def take_connection(options: dict[str, Any]) -> ConnectionSettings:
     "--workers",
     type=int,
     default=0,
-    help="Threads that decode (0: one a core). Not for a server elsewhere, which decodes itself.",
+    help="Threads that decode (0: one a core). Without effect where a server decodes itself.",
 )
 @click.option(
     "--streams",

@@ -9,6 +9,7 @@ killed and started again ends with the very scores of an undisturbed one.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -36,6 +37,8 @@ from cliplet.trace import span
 
 from .label_scoring import FileScoring, Refusal, ScoredBatch, Scoring, scoring_of
 
+log = logging.getLogger("cliplet")
+
 # A part is written when it has this many rows, or when this much time has passed: what a kill can cost.
 PART_ROWS = 2048
 PART_SCORES = 8_000_000  # nor with more scores, which are what takes memory where classes are many
@@ -52,7 +55,7 @@ class LabelJob:
         sources: folders, globs, files, text lists, tar shards.
         out: folder of the results.
         batch_size: images in a batch; 0 chooses by the number of views. Memory grows with it.
-        workers: threads that decode; 0 means one a core. Not for a server elsewhere, which decodes itself.
+        workers: threads that decode; 0 means one a core. None where a server decodes itself.
         streams: batches that an engine on the CPU scores at the same time, each by its share of the threads.
         limit: label only so many inputs, the first ones.
         max_pixels: images with more are not decoded (decompression bombs).
@@ -250,7 +253,7 @@ def _scored(
         size = job.batch_size or chosen.images_per_batch
         workers = job.workers or usable_cores()
         scoring = scoring_of(tagger, batch_size=size, workers=workers, max_pixels=job.max_pixels)
-        _refuse_idle_workers(job, scoring)
+        _tell_idle_workers(job, scoring)
         with closing(scoring.results(unfinished(images, size, done))) as batches:
             yield _Scoring(batches, scoring.stop_waiting)
 
@@ -265,12 +268,12 @@ def _refuse_other_streams(job: LabelJob, tagger: Tagger) -> None:
         )
 
 
-def _refuse_idle_workers(job: LabelJob, scoring: Scoring) -> None:
+def _tell_idle_workers(job: LabelJob, scoring: Scoring) -> None:
     if job.workers and isinstance(scoring, FileScoring):
-        raise UsageError(
-            f"--workers {job.workers}, but {job.tagger.model} decodes the images itself",
-            "of a server elsewhere, --in-flight is what counts",
-            "leave --workers out",
+        log.warning(
+            "--workers %d has no effect: %s decodes the images itself; --in-flight is what counts",
+            job.workers,
+            job.tagger.model,
         )
 
 

@@ -321,13 +321,16 @@ def test_silence_and_failures_are_reasons_for_doubt() -> None:
     now = 100.0
     known = KnownServer(HERE, ConnectionSettings(), clock=lambda: now)
     now += 0.4
-    assert not known.heard()
+    assert not known.heard(now)
     now += 0.4
-    assert not known.heard()
+    assert not known.heard(now)
     now += 0.6
-    assert known.heard() and not known.heard()
+    assert known.heard(now) and not known.heard(now)
+    sent_at = now + 0.1
+    now += 5
+    assert not known.heard(sent_at), "it took its time"
     known.pause(Patience(ConnectionSettings()), ServerAway("gone"), GONE)
-    assert known.heard() and not known.heard()
+    assert known.heard(now) and not known.heard(now)
 
 
 def test_ctrl_c_does_not_wait_for_a_dead_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,8 @@ def test_a_token_is_missed_with_the_variable_that_holds_it(site: Site, cli: Cli)
     refused = cli("bench", site.model, "--limit", "2", CLIPLET_TOKEN="another")
     assert refused.returncode == 1 and "nothing could be measured" in refused.stderr, refused.stderr
     assert "CLIPLET_TOKEN" in refused.stderr
+    missed = cli("bench", site.model, "--limit", "2", "--min-throughput", "1", CLIPLET_TOKEN="another")
+    assert missed.returncode == 4 and "not measured" in missed.stderr, missed.stderr
     asked = cli("bench", "--help").stdout
     assert "$CLIPLET_TOKEN" in asked and "$CLIPLET_CA" in asked
 

@@ -334,6 +334,7 @@ def test_the_containers_server_is_run_the_same_way(plan: Plan, tmp_path: Path) -
     run, inner = words[:image], words[image + 1 :]
     assert {f"--volume={cert}:{CERTIFICATE}:ro", f"--volume={key}:{KEY}:ro"} <= set(run)
     assert "--stop-timeout=80" in run, "docker does not kill it before its own time is over"
+    assert "--health-timeout=16s" in run, "nor takes it for unhealthy before it has answered"
     # With TLS, all but gRPC is for the container itself.
     assert [w for w in run if w.startswith("--publish")] == ["--publish=0.0.0.0:8001:8001"]
     # Its files lie in the container alone, where a click option would look for them.

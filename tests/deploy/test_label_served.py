@@ -24,7 +24,7 @@ from cliplet.deploy.label_scoring import FileScoring
 from cliplet.deploy.repository import ServeSettings, plan_served, write_repository
 from cliplet.deploy.server import TritonServer
 from cliplet.deploy.server_options import Ports
-from cliplet.errors import EnvironmentError_, ServerError, UsageError
+from cliplet.errors import EnvironmentError_, ServerError
 from cliplet.label_records import LabelRecord
 from cliplet.labels import read_errors, read_labels
 from cliplet.plan import TaggerSettings
@@ -263,16 +263,19 @@ def test_a_server_that_stays_away_ends_the_run_and_the_same_command_continues(
     assert all(np.array_equal(kept[path].scores, row.scores) for path, row in saved.items())
 
 
-def test_workers_are_for_what_is_decoded_here(site: Site, inputs: Path, tmp_path: Path) -> None:
+def test_workers_are_for_what_is_decoded_here(
+    site: Site, inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     far, here = ConnectionSettings(shared_memory="off"), ConnectionSettings(shared_memory="on")
-    with pytest.raises(UsageError, match="--workers 2, but triton://") as caught:
-        labelling.label(job(site.model("student"), inputs, tmp_path / "far", connection=far, workers=2))
-    assert "--in-flight is what counts" in caught.value.expected
+    labelling.label(job(site.model("student"), inputs, tmp_path / "far", connection=far, workers=2))
+    assert "--workers 2 has no effect: triton://" in caplog.text
+    caplog.clear()
     result = labelling.label(job(site.model("student"), inputs, tmp_path / "out", connection=here, workers=2))
     assert result.labelled == 23
     # Views that the server does not look at are placed here.
     other = job(site.model("teacher"), inputs, tmp_path / "views", connection=far, workers=2, views="1+2x2")
     assert labelling.label(other).labelled == 23
+    assert "--workers" not in caplog.text
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_is_away(site: Site, inputs: Path, tmp_path: Path) -> None:

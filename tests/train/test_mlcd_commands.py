@@ -214,6 +214,10 @@ def test_labels_beside_the_images_are_found(tmp_path: Path, caplog: pytest.LogCa
         # A name that two images have names neither.
         assert found["a.jpg"] == [True, True] and found["more/c.jpg"] == [False, True]
         assert not any(found["b.jpg"] + found["more/b.jpg"] + found["more/a.jpg"])
+    # A path is meant before a name, and the nearest file counts.
+    (places[0] / "labels.csv").write_text("file,classes\na.jpg,cat\nmore/a.jpg,dog\n")
+    truth = truth_beside([str(places[0])], images)
+    assert truth is not None and sorted(truth[truth.any(1)].tolist()) == [[False, True], [True, False]]
     (places[0] / "labels.csv").write_text("name;label\n")
     assert truth_beside([str(places[0])], images) is None
     assert "labels.csv, whose columns are not file,classes" in caplog.text
