@@ -22,6 +22,8 @@ from cliplet.views import Views, place_on_canvas
 TRANSPORTS = ("bytes", "tensors", "shared memory")
 # Different images that requests take turns with.
 MOST_IMAGES = 64
+# More than a load ever asks for.
+MOST_IN_FLIGHT = 4096
 Counts = Mapping[str, Mapping[str, float]]
 
 
@@ -35,8 +37,10 @@ class Caller:
     def __init__(self, model: str, transport: str, images: Path) -> None:
         shared = "on" if transport == "shared memory" else "off"
         address = ServerAddress.parse(model)
-        # A load generator takes every answer as it comes: nothing is tried again.
-        settings = ConnectionSettings(retries=0, shared_memory=shared, deadline_s=120.0)
+        # A load generator takes every answer as it comes: nothing is tried again, and nothing waits for a turn.
+        settings = ConnectionSettings(
+            retries=0, shared_memory=shared, deadline_s=120.0, in_flight=MOST_IN_FLIGHT
+        )
         self.connection = Connection(address, settings)
         self.card = self.connection.card()
         paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))

@@ -37,6 +37,7 @@ class TritonBackend:
     def __init__(self, server: TritonServer, in_flight: int = 4, timeout_s: float = 30.0) -> None:
         self._server = server
         self._timeout_s = timeout_s
+        self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, "page")
         self._cards: dict[str, ModelCard] = {}
         self._outputs: dict[str, set[str]] = {}
@@ -64,7 +65,12 @@ class TritonBackend:
         address = ServerAddress(options.own_host, ports.http if http else ports.grpc, http=http)
         # Who waits at the page is told at once, and the page itself asks again.
         settings = ConnectionSettings(
-            token=options.token, ca=None, deadline_s=self._timeout_s, retries=0, shared_memory="off"
+            token=options.token,
+            ca=None,
+            deadline_s=self._timeout_s,
+            retries=0,
+            shared_memory="off",
+            in_flight=self._in_flight,
         )
         return Connection(address, settings)
 

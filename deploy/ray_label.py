@@ -174,12 +174,13 @@ def _cluster(address: str) -> Iterator[None]:
             "local (a cluster of this machine alone), auto, HOST:PORT, or ray://HOST:PORT of one that runs",
             "start one with `ray start --head`, or use --ray local; one that asks for a token wants RAY_AUTH_MODE=token",
         ) from error
-    try:
-        # Ray prints what happens to its workers on stdout, which is for results.
-        with redirect_stdout(_Noted()), _quiet_data():
-            yield
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to its workers on stdout, which is for results; also while it ends.
+    with redirect_stdout(_Noted()):
+        try:
+            with _quiet_data():
+                yield
+        finally:
+            ray.shutdown()
 
 
 class _Noted(io.TextIOBase):

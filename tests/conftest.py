@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["CLIPLET_CACHE"]
     else:
         os.environ["CLIPLET_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> None:
+    """What is logged depends on no library that changed the root's level in an earlier test."""
+    logging.getLogger("cliplet").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")

@@ -238,7 +238,7 @@ def _embedded(
                 hashes_of_sound_rows(found.features_ND, np.flatnonzero(found.done_N), found.paths)
         except (UsageError, DataError, ArtifactError) as error:
             # Other errors have nothing to do with what the folder holds.
-            if not anew or "--overwrite" not in error.fix:
+            if not anew or "overwrite" not in error.fix:
                 raise
             log.info("the images are embedded anew: %s", error.happened)
             embed_images(images, folder, embedder, replace(how, overwrite=True))

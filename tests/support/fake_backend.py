@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,7 +57,8 @@ class FakeBackend:
         cards: what it serves.
         health: what it says of itself.
         error: raised by every call that labels.
-        hold: labelling waits until it is set.
+        hold: labelling waits while it is not set.
+        hang_s: seconds that labelling, or a check, takes.
         seen: (model, bytes of the image, detail) of each call; `at_once` the most that were under way together.
     """
 
@@ -66,6 +68,8 @@ class FakeBackend:
         self.error: ClipletError | Exception | None = None
         self.down = False
         self.hang_s = 0.0
+        self.hold = threading.Event()
+        self.hold.set()
         self.seen: list[tuple[str, int, bool]] = []
         self.running = self.at_once = 0
         self.checks = 0
@@ -89,6 +93,8 @@ class FakeBackend:
         self.running += 1
         self.at_once = max(self.at_once, self.running)
         try:
+            while not self.hold.is_set():
+                await asyncio.sleep(0.02)
             if self.hang_s:
                 await asyncio.sleep(self.hang_s)
             if self.error:

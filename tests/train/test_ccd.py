@@ -120,7 +120,7 @@ def box_of(cam_hw: torch.Tensor, rule: str) -> tuple[int, int, int, int]:
     normal = (large - large.min()) / (large.max() - large.min() + 1e-5)
     found = np.argwhere(normal > 0.95)
     (y0, x0), (y1, x1) = (found[0], found[-1]) if rule == "first_last" else (found.min(0), found.max(0))
-    left, right = min(x0, x1 + 1), max(x0, x1 + 1)
+    left, right = min(x0, x1), max(x0, x1) + 1
     return (max(0, left - 16), max(0, y0 - 16), min(SIDE, right + 16), min(SIDE, y1 + 1 + 16))
 
 

@@ -233,7 +233,7 @@ def test_ccd_later_weighs_images_and_adds_consistency(
 
 
 def test_no_gradient_flows_through_the_view_that_teaches() -> None:
-    objective = Ccd(replace(voc12_ccd_released(), unsure_weight=-1.0), PROBS, BIAS, SURE)
+    objective = Ccd(replace(voc12_ccd_released(), unsure_weight=0.0), PROBS, BIAS, np.zeros_like(SURE))
     plain, strong = Z.clone().requires_grad_(), (Z + 0.5).requires_grad_()
     objective.loss(Step(BATCH, plain, strong, None, 4)).backward()
     assert plain.grad is not None and strong.grad is not None
