@@ -34,11 +34,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def own_log() -> None:
-    """What is logged depends on no library that set up logging anew in an earlier test, which may switch ours off."""
-    logging.disable(logging.NOTSET)
-    log = logging.getLogger("cliplet")
-    log.disabled, log.propagate = False, True
-    log.setLevel(logging.INFO)
+    """What is heard depends on no library that changed the root's level, or its handlers', in an earlier test."""
+    logging.getLogger("cliplet").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
